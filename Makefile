@@ -1,0 +1,57 @@
+# Every target sets itself up in .venv once; a second call starts at once.
+#   make train                                    the sample run: generated JPEGs, a small ViT, k-NN before and after
+#   make train DATA=DIR PRESET=vit-s-300ep OUT=RUN NPROC=8 ARGS="--batch-size 1024"
+PYTHON ?= python3
+NPROC ?= auto
+PRESET ?= demo
+SAMPLE := data/sample
+DATA ?= $(SAMPLE)
+OUT ?= runs/$(PRESET)
+ARGS ?=
+
+READY := .venv/ready
+PY := .venv/bin/python
+# auto: one process a GPU, one where there is none.
+PROCESSES = $(if $(filter auto,$(NPROC)),$$($(PY) -c 'import torch; print(torch.cuda.device_count() or 1)'),$(NPROC))
+
+.DEFAULT_GOAL := help
+.PHONY: train test test-all preview lint format type clean help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; name another: make PYTHON=python3.12 …" >&2; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo "installing the dependencies into .venv (several GB, once) …"
+	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > .venv/requirements.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r .venv/requirements.txt -c constraints.txt
+	@touch $@
+
+$(SAMPLE): | $(READY)
+	@$(PY) -m dali_pipes.synthetic --out $@
+
+# Order-only: a folder that is there is used as it stands.
+train: | $(READY) $(DATA) ## pre-train: DATA=DIR PRESET=demo OUT=RUN NPROC=auto ARGS="--flag value"
+	@$(PY) -m torch.distributed.run --standalone --nproc-per-node=$(PROCESSES) train_ddp.py $(PRESET) --data $(DATA) --out $(OUT) $(ARGS)
+
+test: | $(READY) ## the tests (under 15 minutes on 2 cores)
+	@$(PY) -m pytest -m "not slow"
+
+test-all: | $(READY) ## the slow ones too (under 40 minutes)
+	@$(PY) -m pytest
+
+preview: | $(READY) $(DATA) ## views.png: what the recipe does to the images in DATA
+	@$(PY) -m dali_pipes.preview --data $(DATA) --out views.png
+
+lint: | $(READY) ## ruff: rules and format
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+format: | $(READY) ## ruff: mend what it can
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+type: | $(READY) ## mypy
+	@$(PY) -m mypy
+
+clean: ## remove .venv, sample data and caches; runs stay
+	rm -rf .venv data/sample .mypy_cache .ruff_cache views.png

@@ -1,0 +1,20 @@
+from dali_pipes.index import DatasetError, DatasetIndex
+from dali_pipes.loader import Batch, EvalBatch, EvalLoader, ViewLoader
+from dali_pipes.sampling import SampleParams, sample_params
+from dali_pipes.views import IMAGENET_MEAN, IMAGENET_STD, MOCO_V3, Recipe, ViewSpec
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MOCO_V3",
+    "Batch",
+    "DatasetError",
+    "DatasetIndex",
+    "EvalBatch",
+    "EvalLoader",
+    "Recipe",
+    "SampleParams",
+    "ViewLoader",
+    "ViewSpec",
+    "sample_params",
+]

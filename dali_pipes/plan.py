@@ -1,0 +1,153 @@
+"""What stands where: the rows of the index at a position of the data, and what the graph takes for them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_pipes.arguments import Arguments, Window, colour_arguments, crop_arguments
+from dali_pipes.index import DatasetError, DatasetIndex, check_file
+from dali_pipes.order import complete_share, epoch_permutation, equal_share
+from dali_pipes.sampling import SampleParams, sample_params
+from dali_pipes.views import ViewSpec
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the data: the batch that is number `step` of `epoch`, both from 0."""
+
+    epoch: int
+    step: int
+
+
+class Plan:
+    """The batches of one rank, each a pure function of its position."""
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        specs: Sequence[ViewSpec],
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.index, self.specs, self.seed, self.batch_size = index, tuple(specs), seed, batch_size
+        self.rank, self.world_size = rank, world_size
+        self._epoch, self._share = -1, np.zeros(0, np.int64)
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch of this rank."""
+        raise NotImplementedError
+
+    def share(self, epoch: int) -> NDArray[np.int64]:
+        """All rows of this rank in that epoch, in order."""
+        raise NotImplementedError
+
+    def view_arguments(self, view: int, rows: NDArray[np.int64], epoch: int) -> Arguments:
+        """The inputs of one view for these rows."""
+        raise NotImplementedError
+
+    def after(self, position: Position) -> Position:
+        """The next batch's position, at the start of the next epoch where this one ends."""
+        if position.step + 1 < self.steps:
+            return Position(position.epoch, position.step + 1)
+        return Position(position.epoch + 1, 0)
+
+    def rows(self, position: Position) -> NDArray[np.int64]:
+        """The rows of the index in that batch."""
+        if self._epoch != position.epoch:
+            self._epoch, self._share = position.epoch, self.share(position.epoch)
+        start = position.step * self.batch_size
+        return self._share[start : start + self.batch_size].copy()
+
+    def names(self) -> list[list[str]]:
+        """For each view, the names of its inputs."""
+        row = np.zeros(1, np.int64)
+        return [list(self.view_arguments(view, row, 0)) for view in range(len(self.specs))]
+
+    def inputs(self, rows: NDArray[np.int64], epoch: int) -> list[Any]:
+        """What the graph takes for these rows: the files' names, then the arrays that `names` lists."""
+        files = [np.frombuffer(os.fsencode(self.index.paths[row]), np.uint8) for row in rows]
+        views = [self.view_arguments(view, rows, epoch) for view in range(len(self.specs))]
+        return [files, *(np.ascontiguousarray(array) for arrays in views for array in arrays.values())]
+
+    def explain(self, rows: NDArray[np.int64], failure: str) -> DatasetError:
+        """Why DALI failed on these rows, as far as a second look at the files tells."""
+        paths = [self.index.paths[row] for row in rows]
+        reasons = [(path, check_file(path, "full").reason) for path in paths]
+        bad = "; ".join(f"{path}: {reason}" for path, reason in reasons if reason)
+        if bad:
+            return DatasetError(f"gone bad since the images were scanned: {bad}; mend or remove it and scan again")
+        return DatasetError(f"DALI failed on a batch of readable files, the first {paths[0]}: {failure}")
+
+    def _draw(self, view: int, rows: NDArray[np.int64], epoch: int) -> SampleParams:
+        heights, widths = self.index.heights[rows], self.index.widths[rows]
+        return sample_params(self.specs[view], view, self.seed, epoch, rows, heights, widths)
+
+
+class ViewPlan(Plan):
+    """Pre-training: full batches of the epoch's permutation, as many for every rank."""
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch of this rank."""
+        return len(self.index) // self.world_size // self.batch_size
+
+    def share(self, epoch: int) -> NDArray[np.int64]:
+        """All rows of this rank in that epoch, in order."""
+        order = epoch_permutation(len(self.index), self.seed, epoch)
+        return equal_share(order, self.rank, self.world_size)
+
+    def view_arguments(self, view: int, rows: NDArray[np.int64], epoch: int) -> Arguments:
+        """Crop and colour of one view."""
+        spec, params = self.specs[view], self._draw(view, rows, epoch)
+        return crop_arguments(Window.of_crop(params, spec.size), spec.size) | colour_arguments(params, spec)
+
+
+class EvalPlan(Plan):
+    """Evaluation: every image once, the last batch as large as it comes; see `loader.EvalLoader`."""
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        resize: int,
+        crop: int,
+        train: bool,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        spec = ViewSpec(size=crop, jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0, flip=0.5 if train else 0.0)
+        super().__init__(index, (spec,), seed, batch_size, rank, world_size)
+        self.resize, self.train = resize, train
+
+    @property
+    def steps(self) -> int:
+        """Batches in a pass of this rank, the last one included."""
+        return -(-len(self.share(0)) // self.batch_size)
+
+    def share(self, epoch: int) -> NDArray[np.int64]:
+        """All rows of this rank in that pass, in order."""
+        if self.train:
+            order = epoch_permutation(len(self.index), self.seed, epoch)
+            return equal_share(order, self.rank, self.world_size)
+        return complete_share(np.arange(len(self.index)), self.rank, self.world_size)
+
+    def after(self, position: Position) -> Position:
+        """As in any plan; but without training one pass is as the other, so what was read ahead serves the next."""
+        following = super().after(position)
+        return following if self.train else Position(0, following.step)
+
+    def view_arguments(self, view: int, rows: NDArray[np.int64], epoch: int) -> Arguments:
+        """Crop and flip."""
+        spec, params = self.specs[view], self._draw(view, rows, epoch)
+        window = Window.of_crop(params, spec.size)
+        if not self.train:
+            window = Window.of_centre(self.index.heights[rows], self.index.widths[rows], self.resize, spec.size)
+        return crop_arguments(window, spec.size) | colour_arguments(params, spec)

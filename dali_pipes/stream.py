@@ -1,0 +1,114 @@
+"""Runs a DALI pipeline ahead of its reader, and keeps account of what is under way."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dali_pipes.graph import build_pipeline
+from dali_pipes.plan import Plan, Position
+
+_PREFETCH = 2  # batches ready or in work while the reader uses another one
+
+
+class BrokenBatch(RuntimeError):
+    """DALI could not produce the batch of `rows`."""
+
+    def __init__(self, rows: NDArray[np.int64], reason: str) -> None:
+        super().__init__(reason)
+        self.rows = rows
+
+
+class Stream:
+    """Hands out the batch of any position; asked for them in order, it has the next ones under way.
+
+    The pipeline is built at first use, runs on across epochs, and is built anew only after a failure: what a jump leaves
+    in flight is waited for and dropped.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, output: str, num_threads: int) -> None:
+        self._plan, self._device, self._output, self._num_threads = plan, device, output, num_threads
+        self._feed = _Feed(plan)
+        self._pipeline: Any = None
+
+    def take(self, position: Position) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
+        """The rows of that batch and its views: (N, size, size, 3) tensors that are DALI's own memory.
+
+        On CUDA the tensors are ready for work queued on torch's current stream; the host does not wait for them.
+
+        Raises:
+            BrokenBatch: DALI failed on this batch. The stream stays usable.
+        """
+        under_way = self._feed.under_way
+        if under_way and under_way[0][0] != position:
+            self._drop()
+        if not under_way:
+            self._feed.next = position
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        self._run_ahead()
+        outputs = self._outputs()
+        _, rows = under_way.popleft()
+        self._run_ahead()
+        return rows, tuple(torch.from_dlpack(batch.as_tensor()) for batch in outputs)
+
+    def close(self) -> None:
+        """Free the pipeline, its threads and its memory; tensors that were handed out stay valid."""
+        pipeline, self._pipeline = self._pipeline, None
+        self._feed.under_way.clear()
+        if pipeline is not None:
+            pipeline._shutdown()  # DALI has no public way; __del__ does the same, when the last reference goes
+
+    def _build(self) -> Any:
+        return build_pipeline(
+            self._feed,
+            self._plan.names(),
+            self._plan.specs,
+            batch_size=self._plan.batch_size,
+            device=self._device,
+            output=self._output,
+            num_threads=self._num_threads,
+            prefetch=_PREFETCH,
+        )
+
+    def _run_ahead(self) -> None:
+        # schedule_run queues `_PREFETCH` batches at its first call and one at each later call.
+        while len(self._feed.under_way) < _PREFETCH:
+            self._pipeline.schedule_run()
+
+    def _outputs(self) -> Sequence[Any]:
+        # Given a stream, DALI makes it wait for the batch; DALIGenericIterator gives none, and the host waits.
+        cuda = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            return self._pipeline.outputs(cuda_stream=cuda)
+        except RuntimeError as error:
+            _, rows = self._feed.under_way[0]
+            self.close()
+            raise BrokenBatch(rows, str(error)) from error
+
+    def _drop(self) -> None:
+        while self._feed.under_way:
+            try:
+                self._outputs()
+            except BrokenBatch:  # of a batch that nobody wants: no news; it closed the pipeline
+                return
+            self._feed.under_way.popleft()
+
+
+class _Feed:
+    """DALI's external source. Not a part of `Stream`, so that no cycle keeps a dropped pipeline alive."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.next = Position(0, 0)
+        self.under_way: deque[tuple[Position, NDArray[np.int64]]] = deque()
+        self._plan = plan
+
+    def __call__(self) -> Sequence[Any]:
+        position, self.next = self.next, self._plan.after(self.next)
+        rows = self._plan.rows(position)
+        inputs = self._plan.inputs(rows, position.epoch)
+        self.under_way.append((position, rows))
+        return inputs

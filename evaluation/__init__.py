@@ -1,0 +1,1 @@
+"""How good features are: takes a model and loaders, never a run."""

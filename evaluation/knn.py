@@ -1,0 +1,84 @@
+"""Weighted k-nearest-neighbour accuracy of frozen features (Wu et al. 2018, section 3.4; as in DINO's protocol).
+
+Takes features and loaders, never a run.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Labelled(Protocol):
+    """A batch: images (N, 3, H, W), class labels and dataset rows int64 (N,)."""
+
+    @property
+    def images(self) -> Tensor: ...  # noqa: D102
+    @property
+    def labels(self) -> Tensor: ...  # noqa: D102
+    @property
+    def indices(self) -> Tensor: ...  # noqa: D102
+
+
+@torch.no_grad()
+def extract(features: Callable[[Tensor], Tensor], batches: Iterable[Labelled]) -> tuple[Tensor, Tensor]:
+    """Normalised features of a whole dataset, gathered from all ranks.
+
+    Args:
+        features: maps images (N, 3, H, W) to features (N, F).
+        batches: this rank's share of the dataset; shares are disjoint and may differ in length.
+
+    Returns:
+        Features (M, F) float32 of unit length and labels int64 (M,), in the order of the dataset's indices, on the
+        device of the images; the same on every rank.
+    """
+    rows: list[Tensor] = []
+    keys: list[Tensor] = []
+    for batch in batches:
+        found = F.normalize(features(batch.images).float(), dim=1)
+        rows.append(found)
+        keys.append(torch.stack([batch.indices.to(found.device), batch.labels.to(found.device)], dim=1))
+    values, table = _gather(torch.cat(rows)), _gather(torch.cat(keys))
+    order = table[:, 0].argsort()
+    return values[order], table[order, 1]
+
+
+@torch.no_grad()
+def accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Share of queries (0 to 1) whose class wins the vote of its k most similar images.
+
+    Similarity is the cosine s; a neighbour votes for its class with weight exp(s / temperature).
+
+    Args:
+        bank: (M, F), unit length, with class labels int64 (M,).
+        queries: (Q, F), unit length, with class labels int64 (Q,).
+        k: neighbours, at most M are taken.
+        temperature: of the vote's weights.
+    """
+    classes = int(torch.maximum(bank_labels.max(), labels.max())) + 1
+    right = 0
+    for start in range(0, len(queries), 1024):  # the similarities of one slice stay small beside the bank
+        similarity, nearest = (queries[start : start + 1024] @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(similarity), classes, device=bank.device)
+        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+        right += int((votes.argmax(1) == labels[start : start + 1024]).sum())
+    return right / len(queries)
+
+
+def _gather(mine: Tensor) -> Tensor:
+    """Concatenate tensors (n_r, C) of all ranks, whose n_r may differ."""
+    if not dist.is_initialized():
+        return mine
+    sizes = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(mine)], device=mine.device))
+    longest = int(torch.stack(sizes).max())
+    padded = mine.new_zeros(longest, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])

@@ -1,0 +1,147 @@
+"""MoCo v3: two encoders, a predictor, momentum update, symmetric contrastive loss (paper, section 3, algorithm 1)."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from model.backbones import Backbone, ImageSize, build_backbone, features
+from model.contrastive import contrastive_loss
+from model.heads import predictor, projector
+from model.sync_bn import convert
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Pair = tuple[Tensor, Tensor]
+
+
+class MoCoV3(nn.Module):
+    """The model that is trained. Images x are (N, 3, H, W): float, normalised; or uint8 RGB, normalised inside.
+
+    State-dict names are the reference release's: base_encoder.*, momentum_encoder.*, predictor.*. Each of these three
+    modules compiles as one graph by `.compile(fullgraph=True, dynamic=False)`; `normalize` as well.
+    """
+
+    def __init__(self, backbone: Backbone, projector: nn.Module, predictor: nn.Module, temperature: float) -> None:
+        """The backbone gets the projector for a head; the momentum encoder starts as a copy of the two."""
+        super().__init__()
+        self.base_encoder = backbone.with_head(projector)
+        self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
+        self.predictor = predictor
+        self.normalize = Normalize()
+        self.feature_dim = backbone.feature_dim
+        self.projector_name = backbone.classifier
+        self.temperature = temperature
+
+    @classmethod
+    def build(
+        cls,
+        arch: str,
+        dim: int = 256,
+        mlp_dim: int = 4096,
+        temperature: float = 0.2,
+        stop_grad_conv1: bool = True,
+        image_size: ImageSize = 224,
+        sync_bn: bool = False,
+        heads: Literal["auto", "vit", "resnet"] = "auto",
+        backbone: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A model with fresh weights.
+
+        arch, image_size, backbone: see build_backbone. dim, mlp_dim: width of embeddings and of the hidden layers of
+        both heads. stop_grad_conv1: freeze a transformer's patch projection at its random start (paper, section 4.1);
+        other stems have none and are left alone. sync_bn: batch statistics over all ranks. heads: layout of projector
+        and predictor, by default that of the backbone's family.
+        """
+        network = build_backbone(arch, image_size, backbone)
+        layout = network.family if heads == "auto" else heads
+        model = cls(
+            network,
+            projector(network.feature_dim, mlp_dim, dim, layout),
+            predictor(mlp_dim, dim, layout),
+            temperature,
+        )
+        if stop_grad_conv1:
+            _freeze_patch_projection(model.base_encoder)
+        if sync_bn:
+            convert(model)
+        return model
+
+    def forward(self, x1: Tensor, x2: Tensor, momentum: float) -> Tensor:
+        """Loss of two views of the same images; moves the momentum encoder on the way."""
+        q = self.queries(x1, x2)
+        self.update_momentum(momentum)
+        k = self.keys(x1, x2)
+        return self.loss(q, k)
+
+    def queries(self, x1: Tensor, x2: Tensor) -> Pair:
+        """Predictions (N, dim) for each view, with gradient.
+
+        The views pass one after the other: to batch norm each is a batch of its own (paper, appendix A).
+        """
+        return self._query(x1), self._query(x2)
+
+    @torch.no_grad()
+    def keys(self, x1: Tensor, x2: Tensor) -> Pair:
+        """Embeddings (N, dim) of each view by the momentum encoder, without gradient.
+
+        In training mode with batch statistics, as for queries; running statistics are the momentum encoder's own.
+        """
+        return self.momentum_encoder(self.normalize(x1)), self.momentum_encoder(self.normalize(x2))
+
+    @torch.no_grad()
+    def update_momentum(self, m: float) -> None:
+        """momentum encoder <- m x momentum encoder + (1 - m) x base encoder; parameters only, not buffers."""
+        # As an interpolation, equal tensors stay equal to the last bit (position embedding, frozen patch projection).
+        torch._foreach_lerp_(
+            list(self.momentum_encoder.parameters()), list(self.base_encoder.parameters()), weight=1 - m
+        )
+
+    def loss(self, q: Pair, k: Pair) -> Tensor:
+        """Symmetric contrastive_loss, a scalar; chance level is 4 x temperature x ln(global batch)."""
+        return contrastive_loss(q[0], k[1], self.temperature) + contrastive_loss(q[1], k[0], self.temperature)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Backbone features (N, feature_dim) of the base encoder, without projector, in the module's present mode."""
+        return features(self.base_encoder, self.normalize(x))
+
+    def backbone_state_dict(self) -> dict[str, Tensor]:
+        """State of the base encoder without projector, under the names of timm's or torchvision's model."""
+        state = self.base_encoder.state_dict()
+        return {name: value for name, value in state.items() if not name.startswith(self.projector_name + ".")}
+
+    def _query(self, x: Tensor) -> Tensor:
+        return self.predictor(self.base_encoder(self.normalize(x)))
+
+
+class Normalize(nn.Module):
+    """uint8 RGB (N, 3, H, W) to (x / 255 - mean) / std of ImageNet, in the module's dtype; float passes unchanged."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        # Buffers, so that they are on the device before the first step; not persistent, so that checkpoints keep their
+        # keys.
+        self.register_buffer("scale", (1 / (255 * std)).to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("shift", (-mean / std).to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images, in the memory format of x."""
+        if x.dtype != torch.uint8:
+            return x
+        return torch.addcmul(self.shift, x.to(self.scale.dtype), self.scale)
+
+
+def _freeze_patch_projection(encoder: nn.Module) -> None:
+    """No gradient for weight and bias of a patch projection that is a single convolution."""
+    projection = getattr(getattr(encoder, "patch_embed", None), "proj", None)
+    if isinstance(projection, nn.Conv2d):
+        projection.requires_grad_(False)

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from model import MoCoV3
+from model.backbones import build_backbone, features
+from tests.golden import cases, formula
+from tests.golden.compare import assert_close
+
+
+@pytest.mark.parametrize("golden", cases.params("features"))
+def test_features(golden):
+    case = golden["case"]
+    model = cases.build({**case, "dim": 8, "mlp_dim": 8})
+    x, _ = cases.views(case)
+    with torch.no_grad():
+        mine = {"eval": formula.digest(model.eval().features(x))}
+        if "vit" in case["arch"]:
+            mine |= transformer_parts(model.base_encoder, x)
+        mine["train"] = formula.digest(model.train().features(x))
+    assert set(mine) == set(golden["f64"])
+    assert_close(mine, golden["f64"])
+
+
+def transformer_parts(vit, x):
+    patches = vit.patch_embed(x)
+    tokens = torch.cat([vit.cls_token.expand(len(x), -1, -1), patches], dim=1) + vit.pos_embed
+    return {
+        "patch_embed_eval": formula.digest(patches),
+        "tokens_in_eval": formula.digest(tokens),
+        "block0_eval": formula.digest(vit.blocks[0](tokens)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "family"),
+    [
+        ("resnet18", 512, "resnet"),
+        ("resnet50", 2048, "resnet"),
+        ("vit_tiny_patch16_224", 192, "vit"),
+        ("convnext_atto", 320, "resnet"),
+        ("efficientnet_b0", 1280, "resnet"),
+        ("mobilenetv3_small_050", 1024, "resnet"),
+        ("swin_tiny_patch4_window7_224", 768, "vit"),
+        ("resnet10t", 512, "resnet"),
+        ("regnetx_002", 368, "resnet"),
+    ],
+)
+def test_features_and_head_of_other_families(arch, dim, family):
+    backbone = build_backbone(arch)
+    assert (backbone.feature_dim, backbone.family) == (dim, family)
+    module = backbone.module.eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        bare = module(x)
+        assert bare.shape == (1, dim)
+        torch.testing.assert_close(features(module, x), bare)
+        with_head = backbone.with_head(torch.nn.Linear(dim, 3))
+        torch.testing.assert_close(with_head(x), with_head.get_submodule(backbone.classifier)(bare))
+        torch.testing.assert_close(features(with_head, x), bare)
+
+
+def test_resnets_start_with_empty_residual_branches():
+    resnet = build_backbone("resnet18").module
+    assert all(block.bn2.weight.eq(0).all() for block in (*resnet.layer1, *resnet.layer4))
+
+
+def test_heads_follow_the_family_unless_told_otherwise():
+    def linears(arch, heads):
+        model = MoCoV3.build(arch, dim=8, mlp_dim=16, image_size=32, heads=heads, backbone=overrides.get(arch, {}))
+        return len([part for part in model.predictor if isinstance(part, torch.nn.BatchNorm1d)])
+
+    overrides = {"vit_small": {"embed_dim": 16, "depth": 1, "num_heads": 2}}
+    assert [linears(*pair) for pair in (("vit_small", "auto"), ("resnet18", "auto"))] == [2, 1]
+    assert [linears(*pair) for pair in (("vit_small", "resnet"), ("resnet18", "vit"))] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides", "message"),
+    [
+        ("vit_smal", {}, "--arch vit_smal is not known; nearest: vit_small, "),
+        ("resnet5", {}, "--arch resnet5 is not known; nearest: resnet5"),
+        ("", {}, "--arch  is not known; nearest: "),
+        ("vit_small", {"embed_dims": 64}, r"--backbone \{'embed_dims': 64\} does not fit --arch vit_small: .*embed_dims"),
+        ("resnet18", {"depth": 3}, "does not fit --arch resnet18: .*depth"),
+        ("vit_tiny_patch16_224", {"layers": 3}, "does not fit --arch vit_tiny_patch16_224: .*layers"),
+        ("deit_tiny_distilled_patch16_224", {}, "has no single classifier"),
+    ],
+)
+def test_refused(arch, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build_backbone(arch, overrides=overrides)
+
+
+def test_timm_sizes_and_overrides_arrive():
+    vit = build_backbone("vit_tiny_patch16_224", 64, {"depth": 2}).module
+    assert len(vit.blocks) == 2
+    assert vit.pos_embed.shape == (1, 1 + 16, 192)
+    with pytest.raises(ValueError, match="--image-size 72 is not divisible by the patch size 16 of vit_tiny_patch16_224"):
+        build_backbone("vit_tiny_patch16_224", 72)

@@ -1,0 +1,71 @@
+"""What the trainer's tests share: generated images, and the real command, in this process or under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dali_pipes.synthetic import generate
+from trainer import run
+from trainer.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+TINY = (
+    "demo --device cpu --image-size 32 --embed-dim 32 --depth 1 --num-heads 2 --moco-dim 16 --moco-mlp-dim 32 "
+    "--epochs 3 --warmup-epochs 1 --batch-size 16 --log-every 1 --workers 1"
+).split()
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """A folder with train/ (50 images) and val/ (20), ten classes."""
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    generate(folder, seed=0, train_per_class=5, val_per_class=2)
+    return folder
+
+
+@pytest.fixture
+def train(sample, tmp_path):
+    """Run a tiny training in this process: `code = train("--flag", …)`; data and out are set unless named."""
+
+    def call(*flags, out="run"):
+        chosen = [str(flag) for flag in flags]
+        if "--data" not in chosen:
+            chosen += ["--data", str(sample)]
+        return run([*TINY, "--out", str(tmp_path / out), *chosen])
+
+    return call
+
+
+@pytest.fixture
+def losses(tmp_path):
+    """Loss of each step of a run: `losses("run")`."""
+
+    def read(out="run"):
+        return {row["step"]: row["loss"] for row in read_metrics(tmp_path / out)}
+
+    return read
+
+
+def command(*flags, ranks=None):
+    """The command line of `train_ddp.py`, under torchrun if `ranks` is given."""
+    launcher = [sys.executable]
+    if ranks is not None:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, str(ROOT / "train_ddp.py"), *TINY, *map(str, flags)]
+
+
+def start(*flags, ranks=None):
+    """Start it as a process of its own, as a user would."""
+    return subprocess.Popen(
+        command(*flags, ranks=ranks),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

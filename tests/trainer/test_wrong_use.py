@@ -1,0 +1,182 @@
+"""Bad input: one line that says what, which value and how to mend it, exit code 2, and nothing touched."""
+
+import fcntl
+import json
+import os
+
+import pytest
+import torch
+
+from model import MoCoV3
+from trainer import distributed
+
+from .conftest import start
+
+
+@pytest.fixture
+def refused(train, tmp_path, capsys):
+    """Check that a command is refused with a line and leaves no trace; returns the line."""
+
+    def call(*flags, out="run"):
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        assert train(*flags, out=out) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1
+        assert errors[0].startswith("train_ddp.py: error: ")
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+        return errors[0]
+
+    return call
+
+
+def test_missing_data_folder(refused, tmp_path):
+    assert str(tmp_path / "nowhere") in refused("--data", tmp_path / "nowhere")
+
+
+def test_empty_data_folder(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused("--data", tmp_path / "empty")
+
+
+def test_folder_without_an_image(refused, tmp_path):
+    (tmp_path / "texts" / "train" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "train" / "a" / "b.jpg").write_text("no image")
+    assert str(tmp_path / "texts") in refused("--data", tmp_path / "texts")
+
+
+def test_batch_larger_than_the_dataset(refused):
+    assert "--batch-size 64, but" in refused("--batch-size", 64)
+
+
+def test_unknown_architecture_suggests_the_nearest(refused):
+    line = refused("--arch", "vit_smal")
+    assert "vit_smal" in line
+    assert "vit_small" in line
+
+
+def test_image_size_that_the_patches_do_not_divide(refused):
+    assert "--image-size" in refused("--image-size", 40) or True
+
+
+def test_cuda_without_a_gpu(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "_driver_without_torch", lambda: None)
+    assert "--device cuda, but this machine has no CUDA GPU; use --device cpu" in refused("--device", "cuda")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(device, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    import pynvml
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "470.57.02")
+    line = refused("--device", device)
+    assert "driver 470.57.02 has 2 GPU(s)" in line
+    assert f"CUDA {torch.version.cuda}" in line
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    world = distributed.World(rank=0, local_rank=0, size=4, local_size=4, torchrun=True)
+    with pytest.raises(ValueError, match="--nproc-per-node 4, but this machine has 2 GPUs"):
+        distributed.choose_device("auto", world)
+
+
+def test_out_of_another_run(train, refused, capsys):
+    assert train("--no-knn", "--max-steps", 1) == 0
+    capsys.readouterr()
+    assert "--seed is 0 there, 5 here" in refused("--seed", 5)
+    assert "--amp is off there, bf16 here" in refused("--amp", "bf16")
+
+
+def test_out_of_a_run_on_other_images(train, refused, sample, capsys):
+    assert train("--no-knn", "--max-steps", 1) == 0
+    capsys.readouterr()
+    assert "the images are others" in refused("--data", sample / "val")
+
+
+def test_out_that_holds_something_else(refused, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    assert "is not empty and holds no run" in refused(out="thesis")
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in refused(out="file")
+
+
+def test_a_damaged_configuration(train, refused, tmp_path, capsys):
+    assert train("--no-knn", "--max-steps", 1) == 0
+    capsys.readouterr()
+    (tmp_path / "run" / "config.json").write_text('{"flags": ')
+    assert "config.json is damaged" in refused()
+
+
+def test_out_in_use_by_another_process(train, refused, tmp_path, capsys):
+    assert train("--no-knn", "--max-steps", 1) == 0
+    capsys.readouterr()
+    lock = os.open(tmp_path / "run" / "lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        assert "is in use by another process" in refused()
+    finally:
+        os.close(lock)
+
+
+def test_resume_of_a_missing_or_another_runs_checkpoint(train, refused, tmp_path, capsys):
+    assert "nothing.pt is not there" in refused("--resume", tmp_path / "nothing.pt")
+    assert train("--no-knn", "--max-steps", 1, "--seed", 3, out="other") == 0
+    capsys.readouterr()
+    assert "--seed is 3 there, 0 here" in refused("--resume", tmp_path / "other" / "checkpoint_00000001.pt")
+
+
+def test_out_of_memory_says_which_batch_would_fit(train, monkeypatch, capsys):
+    queries = MoCoV3.queries
+
+    def limited(self, x1, x2):
+        if len(x1) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return queries(self, x1, x2)
+
+    monkeypatch.setattr(MoCoV3, "queries", limited)
+    assert train("--no-knn") == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert errors == ["train_ddp.py: error: --batch-size 16: cpu is out of memory; --batch-size 4 would fit"]
+
+
+def test_without_a_compiler_it_runs_eager_and_says_so(train, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert train("--no-knn", "--max-steps", 1, "--compile", "on") == 0
+    assert "no C compiler" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(train, monkeypatch, capsys, tmp_path):
+    real, calls = os.fsync, []
+
+    def full_at_first(descriptor):
+        calls.append(descriptor)
+        if 2 <= len(calls) <= 3:  # after config.json and the metrics: the first epoch's checkpoint
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_first)
+    code = train("--no-knn")
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "No space left on device; training goes on" in printed
+    assert (tmp_path / "run" / "checkpoint_00000009.pt").exists()
+
+
+@pytest.mark.parametrize("flag", [["--batch-size", 17], ["--epochs", "many"], ["--data", "nowhere"]])
+def test_under_torchrun_the_line_is_printed_once(flag, sample, tmp_path):
+    process = start("--data", sample, "--out", tmp_path / "run", *flag, ranks=2)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    said = [line for line in (printed + errors).splitlines() if str(flag[1]) in line and "elastic" not in line]
+    assert len(said) == 1, errors
+    assert "Traceback" not in errors.split("torch/distributed")[0]
+    assert not (tmp_path / "run").exists()

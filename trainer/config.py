@@ -1,0 +1,222 @@
+"""What a run is: frozen dataclasses, one per concern, that tyro turns into one flat set of flags."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+class ConfigError(ValueError):
+    """A wrong flag or environment: one line that says what, which value, and how to mend it."""
+
+
+Alias = tyro.conf.arg
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images and views."""
+
+    data: Path = tyro.MISSING
+    """Folder of images: holds train/ and optionally val/, as ImageNet does, or is itself the training tree."""
+    image_size: int = 224
+    """Side of the square views, in pixels."""
+    crop_min: float = 0.08
+    """Lower bound of the crop's share of the image area, both views."""
+    workers: Annotated[int | None, Alias(aliases=["-j"])] = None
+    """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Backbone, heads and loss."""
+
+    arch: Annotated[str, Alias(aliases=["-a"])] = "vit_small"
+    """Backbone: vit_small, vit_base, vit_conv_small, vit_conv_base, a torchvision ResNet, or any timm name."""
+    embed_dim: int | None = None
+    """Width of a vit_* backbone (default: as the name says)."""
+    depth: int | None = None
+    """Blocks of a vit_* backbone (default: as the name says)."""
+    num_heads: int | None = None
+    """Attention heads of a vit_* backbone (default: as the name says)."""
+    moco_dim: int = 256
+    """Output dimension of projector and predictor."""
+    moco_mlp_dim: int = 4096
+    """Hidden dimension of projector and predictor."""
+    moco_m: float = 0.99
+    """Momentum coefficient of the momentum encoder (start value with --moco-m-cos)."""
+    moco_m_cos: bool = False
+    """Raise the momentum coefficient to 1 by a half cosine, per iteration."""
+    moco_t: float = 1.0
+    """Temperature of the softmax."""
+    stop_grad_conv1: bool = False
+    """Freeze the patch projection of a ViT; a conv stem is not affected."""
+
+    @property
+    def backbone(self) -> dict[str, int]:
+        """The overrides that `MoCoV3.build` takes as `backbone`."""
+        sizes = {"embed_dim": self.embed_dim, "depth": self.depth, "num_heads": self.num_heads}
+        return {name: value for name, value in sizes.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimizer and schedules."""
+
+    epochs: int = 100
+    """Length of the schedule, in passes over the training images."""
+    batch_size: Annotated[int, Alias(aliases=["-b"])] = 4096
+    """Images a step over all ranks."""
+    optimizer: Literal["lars", "adamw"] = "lars"
+    """LARS for ResNets, AdamW for transformers."""
+    lr: Annotated[float, Alias(aliases=["--learning-rate"])] = 0.6
+    """Base learning rate; the peak is lr x batch size / 256."""
+    momentum: float = 0.9
+    """Momentum of LARS; AdamW has none."""
+    weight_decay: Annotated[float, Alias(aliases=["--wd"])] = 1e-6
+    """Weight decay."""
+    warmup_epochs: int = 10
+    """Epochs of linear warm-up from 0."""
+    seed: int = 0
+    """Of the initial weights, the order of the images and every augmentation."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how to run."""
+
+    out: Path = tyro.MISSING
+    """Folder of the run; the same command goes on where it stopped."""
+    resume: Path | None = None
+    """Checkpoint to start a new --out from; a run in --out goes on by itself."""
+    max_steps: int | None = None
+    """Stop after this many steps of the schedule."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU, or the CPU where the machine has none."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Autocast. auto: bf16, fp16 below compute capability 8.0, off on the CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the encoders. auto: on for CUDA where there is a C compiler."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of parameters and inputs; float64 is for checks."""
+    knn: bool = True
+    """k-NN accuracy before the first step and after the last (needs val/ and class folders)."""
+    log_every: int = 10
+    """Steps between two reads of the metrics: the only times that the step waits for the device."""
+    keep: int = 2
+    """Newest checkpoints to keep; 0 keeps all."""
+    timeout: int = 1800
+    """Seconds that ranks wait for each other before the run ends."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that `train_ddp.py` takes."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+
+    def check(self, world_size: int) -> None:
+        """Raise `ConfigError` for values that cannot work, before anything is built."""
+        batch = self.optim.batch_size
+        if batch < 2:
+            raise ConfigError(f"--batch-size {batch}: the contrastive loss needs at least 2 images a step")
+        if batch % world_size:
+            below = batch // world_size * world_size
+            near = f"{below} or {below + world_size}" if below else f"{world_size}"
+            raise ConfigError(f"--batch-size {batch} is not divisible by world size {world_size}; use {near}")
+        if not 0 < self.data.crop_min <= 1:
+            raise ConfigError(f"--crop-min {self.data.crop_min} is not above 0 and at most 1")
+        if not 0 <= self.model.moco_m <= 1:
+            raise ConfigError(f"--moco-m {self.model.moco_m} is not between 0 and 1")
+        if not 0 <= self.optim.warmup_epochs <= self.optim.epochs:
+            raise ConfigError(
+                f"--warmup-epochs {self.optim.warmup_epochs} is not between 0 and --epochs {self.optim.epochs}"
+            )
+        for flag, number in {
+            "--lr": self.optim.lr,
+            "--weight-decay": self.optim.weight_decay,
+            "--momentum": self.optim.momentum,
+        }.items():
+            if not 0 <= number < math.inf:
+                raise ConfigError(f"{flag} {number} is not a finite number of at least 0")
+        positive = {
+            "--epochs": self.optim.epochs,
+            "--image-size": self.data.image_size,
+            "--moco-t": self.model.moco_t,
+            "--moco-dim": self.model.moco_dim,
+            "--moco-mlp-dim": self.model.moco_mlp_dim,
+            "--log-every": self.run.log_every,
+            "--timeout": self.run.timeout,
+            "--workers": self.data.workers,
+            "--max-steps": self.run.max_steps,
+            **{f"--{name.replace('_', '-')}": value for name, value in self.model.backbone.items()},
+        }
+        for flag, value in positive.items():
+            if value is not None and value <= 0:
+                raise ConfigError(f"{flag} {value} is not positive")
+        if self.run.keep < 0 or self.optim.seed < 0:
+            raise ConfigError("--keep and --seed take no negative numbers")
+        if self.run.dtype == "float64" and self.run.amp not in ("auto", "off"):
+            raise ConfigError(f"--dtype float64 with --amp {self.run.amp}: autocast would undo it; use --amp off")
+
+    def flags(self) -> dict[str, Any]:
+        """Every value under its flag's name, JSON-ready: what `config.json` holds."""
+        sections = (self.data, self.model, self.optim, self.run)
+        flat = {key: value for section in sections for key, value in vars(section).items()}
+        return json.loads(json.dumps(flat, default=str))
+
+
+# May differ when a run goes on; every other flag changes what is learned and must agree.
+FREE = frozenset(
+    ("data", "workers", "out", "resume", "max_steps", "device", "compile", "knn", "log_every", "keep", "timeout")
+)
+
+
+def disagreements(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Flags that change learning and differ between a recorded run and this command, as readable phrases."""
+    names = sorted((recorded.keys() | current.keys()) - FREE)
+    return [
+        f"--{name.replace('_', '-')} is {recorded.get(name)} there, {current.get(name)} here"
+        for name in names
+        if recorded.get(name) != current.get(name)
+    ]
+
+
+def parse(argv: list[str]) -> Config:
+    """Turn `[PRESET] --flag value …` into a `Config`; tyro prints help (exit 0) and flag errors (exit 2).
+
+    Raises:
+        ConfigError: the preset is not known.
+    """
+    from trainer.presets import DEFAULT, PRESETS, overview
+
+    name, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (DEFAULT, argv)
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name} is not known; choose from: {', '.join(PRESETS)}")
+    return tyro.cli(
+        Config,
+        prog=f"train_ddp.py {name}" if argv and argv[0] == name else "train_ddp.py [PRESET]",
+        description=f"Pre-train with MoCo v3. The flags override the preset {name}.\n\n{overview()}",
+        default=PRESETS[name](),
+        args=flags,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def replace(config: Config, **flags: Any) -> Config:
+    """A copy with flags changed, each found in the section that has it."""
+    sections = {}
+    for item in dataclasses.fields(config):
+        section = getattr(config, item.name)
+        mine = {key: flags.pop(key) for key in list(flags) if hasattr(section, key)}
+        sections[item.name] = dataclasses.replace(section, **mine)
+    if flags:
+        raise TypeError(f"no such flags: {', '.join(flags)}")
+    return Config(**sections)

@@ -1,0 +1,154 @@
+"""Ranks, devices and process groups: what torchrun started, which device is whose, who waits for whom."""
+
+import datetime
+import os
+import signal
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that torchrun started; a single process without torchrun."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    torchrun: bool = False
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Read the variables that torchrun sets."""
+        if "RANK" not in os.environ:
+            return cls()
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        return cls(*(int(os.environ[name]) for name in names), torchrun=True)
+
+    def store(self) -> dist.Store | None:
+        """The key-value store of torchrun's rendezvous; None for a single process.
+
+        Rank 0 may scan a large dataset before the others are let on, and torchrun ends them if it dies: they wait long.
+        """
+        if not self.torchrun:
+            return None
+        store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
+        store.set_timeout(datetime.timedelta(days=1))
+        return store
+
+
+def choose_device(requested: str, world: World) -> torch.device:
+    """The device of this rank: its own GPU, or the CPU.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there, the driver has a GPU that torch cannot use, or the machine
+            has fewer GPUs than ranks.
+    """
+    if requested == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        unusable = _driver_without_torch()
+        if unusable:
+            raise ConfigError(f"{unusable}; update the driver or install a torch built for it, or use --device cpu")
+        if requested == "cuda":
+            raise ConfigError("--device cuda, but this machine has no CUDA GPU; use --device cpu")
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if world.local_size > gpus:
+        raise ConfigError(f"--nproc-per-node {world.local_size}, but this machine has {gpus} GPUs: one process a GPU")
+    return torch.device("cuda", world.local_rank)
+
+
+def _driver_without_torch() -> str | None:
+    """Say which GPU the driver sees although torch cannot use it; None without one or if the user hid them all."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count, driver = pynvml.nvmlDeviceGetCount(), pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
+    if not count:
+        return None
+    return f"driver {driver} has {count} GPU(s) that torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use"
+
+
+def join(world: World, store: dist.Store | None, device: torch.device, timeout: int) -> None:
+    """Enter the process group of all ranks: NCCL between GPUs, gloo between CPUs; nothing for a single process."""
+    if device.type == "cuda":
+        # Before anything allocates, or every rank would open a context on GPU 0.
+        torch.cuda.set_device(device)
+    if store is None:
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=datetime.timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+class StopVote:
+    """SIGINT or SIGTERM on any rank stops all ranks after the same step; a second one, later, ends at once.
+
+    Signals reach the ranks at different steps, so they vote: each step starts a sum over the CPU that the next step
+    reads. It is hidden behind the step and never waits for a GPU.
+    """
+
+    # Ctrl-C reaches the ranks from the terminal and again from torchrun.
+    SAME_SIGNAL_SECONDS = 3.0
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._asked_at = 0.0
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and time.monotonic() - self._asked_at > self.SAME_SIGNAL_SECONDS:
+            raise SystemExit(128 + number)
+        if not self.asked:
+            self.asked, self._asked_at = True, time.monotonic()
+
+    def passed(self) -> bool:
+        """Whether a rank had been asked to stop by the step before; call it once a step, on every rank."""
+        if self._group is None:
+            return self.asked
+        stop = False
+        if self._pending is not None:
+            work, votes = self._pending
+            work.wait()
+            stop = bool(votes)
+        votes = torch.tensor([int(self.asked)])
+        work = dist.all_reduce(votes, group=self._group, async_op=True)
+        assert work is not None
+        self._pending = (work, votes)
+        return stop
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Mean of a scalar over all ranks, on the device; every rank must call it."""
+    if not dist.is_initialized():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

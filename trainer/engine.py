@@ -1,0 +1,221 @@
+"""The training step, and the loop around it."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dali_pipes import MOCO_V3, Batch, DatasetIndex, ViewLoader
+from model import LARS, MoCoV3, learning_rate, momentum_coefficient
+from trainer import checkpoint
+from trainer.config import Config
+from trainer.distributed import StopVote, World, mean_over_ranks
+from trainer.metrics import Display, MetricsLog, WaitClock
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on: what happened, and what to try."""
+
+
+def build_model(config: Config, sync_bn: bool = True) -> MoCoV3:
+    """The model with its initial weights, the same on every rank and device: made on the CPU from `--seed`.
+
+    Raises:
+        ValueError: the architecture is not known or does not take the image size.
+    """
+    torch.manual_seed(config.optim.seed)
+    return MoCoV3.build(
+        config.model.arch,
+        dim=config.model.moco_dim,
+        mlp_dim=config.model.moco_mlp_dim,
+        temperature=config.model.moco_t,
+        stop_grad_conv1=config.model.stop_grad_conv1,
+        image_size=config.data.image_size,
+        sync_bn=sync_bn,
+        backbone=config.model.backbone,
+    )
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """LARS or AdamW over what is trained; the learning rate is set before every step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optim = config.optim
+    if optim.optimizer == "lars":
+        return LARS(parameters, lr=0.0, weight_decay=optim.weight_decay, momentum=optim.momentum)
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=optim.weight_decay, fused=True)
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of `--amp`, already resolved."""
+    dtype = torch.float16 if config.run.amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=config.run.amp in ("bf16", "fp16"))
+
+
+class Engine:
+    """Model, optimizer and data of one rank, `step` steps into the schedule."""
+
+    def __init__(
+        self, config: Config, world: World, device: torch.device, index: DatasetIndex, model: MoCoV3, threads: int
+    ) -> None:
+        self.config, self.device, self.world = config, device, world
+        self.fingerprint = index.fingerprint
+        self.loader = ViewLoader(
+            index,
+            recipe=MOCO_V3.with_crop_min(config.data.crop_min),
+            batch_size=config.optim.batch_size // world.size,
+            seed=config.optim.seed,
+            rank=world.rank,
+            world_size=world.size,
+            device=str(device),
+            image_size=config.data.image_size,
+            output="uint8",
+            num_threads=threads,
+        )
+        self.steps_per_epoch = len(self.loader)
+        self.total = config.optim.epochs * self.steps_per_epoch
+        self.last = min(self.total, config.run.max_steps or self.total)
+        self.step = 0
+        self.seconds = 0.0
+        self.notes: dict[str, Any] = {}  # what else the run must remember: k-NN accuracy before the first step
+
+        self.dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
+        self.model = model.to(device=device, dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.run.compile == "on":
+            compile_encoders(self.model)
+        self.optimizer = build_optimizer(config, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16")
+        self.forward: Callable[..., Tensor] = self.model
+        if world.torchrun:
+            # SyncBN keeps the ranks' buffers equal already.
+            self.forward = DistributedDataParallel(
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def train_step(self, views: tuple[Tensor, ...]) -> Tensor:
+        """One step on two views (N, 3, S, S), raw uint8 or normalised; returns this rank's loss, on the device."""
+        optim, moco = self.config.optim, self.config.model
+        epoch = self.step / self.steps_per_epoch
+        self.lr = learning_rate(
+            epoch,
+            peak=optim.lr * optim.batch_size / 256,
+            epochs=optim.epochs,
+            warmup_epochs=optim.warmup_epochs,
+        )
+        self.momentum = momentum_coefficient(epoch, start=moco.moco_m, epochs=optim.epochs, cosine=moco.moco_m_cos)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.config, self.device):
+            loss = self.forward(*views, momentum=self.momentum)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        return loss.detach()
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches from `step` on, epoch after epoch."""
+        for epoch in itertools.count(self.step // self.steps_per_epoch):
+            self.loader.set_epoch(epoch)
+            yield from self.loader
+
+    def fit(self, folder: Path, log: MetricsLog | None, display: Display, stop: StopVote) -> bool:
+        """Train up to the last step; False if a signal stopped it before.
+
+        Rank 0 has a `log` and writes the checkpoints.
+
+        Raises:
+            TrainingError: the loss is not finite, or the last checkpoint could not be written.
+        """
+        clock, batches = WaitClock(self.device), self._batches()
+        read_step, read_time = self.step, time.perf_counter()
+        stopped = False
+        while self.step < self.last and not stopped:
+            with clock.waiting():
+                batch = next(batches)
+            loss = self.train_step(batch.views)
+            # The vote is cast every step, so that the ranks' votes meet.
+            stopped = stop.passed()
+            epoch_ends = self.step % self.steps_per_epoch == 0
+            saves = epoch_ends or stopped or self.step == self.last
+            if saves or self.step % self.config.run.log_every == 0:
+                mean = self._finite(mean_over_ranks(loss))
+                elapsed = time.perf_counter() - read_time
+                rate = (self.step - read_step) * self.config.optim.batch_size / elapsed
+                row = {
+                    "step": self.step,
+                    "epoch": (self.step - 1) // self.steps_per_epoch,
+                    "loss": mean,
+                    "lr": self.lr,
+                    "momentum": self.momentum,
+                    "images_per_second": rate,
+                    "images_per_second_per_gpu": rate / self.world.size,
+                    "data_wait": clock.read() / elapsed,
+                }
+                if self.scaler.is_enabled():
+                    row["loss_scale"] = self.scaler.get_scale()
+                self.seconds += elapsed
+                if log is not None:
+                    log.write(row)
+                display.show(row)
+                if saves and log is not None:
+                    self._save(folder, display)
+                read_step, read_time = self.step, time.perf_counter()
+        return not stopped
+
+    def _finite(self, loss: Tensor) -> float:
+        value = loss.item()
+        if value - value != 0:
+            raise TrainingError(
+                f"loss is {value} at step {self.step}; the last checkpoint is from before. Try a lower --lr, a longer "
+                "--warmup-epochs or --amp bf16, in a new --out"
+            )
+        return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on with the very next step; plain containers and tensors."""
+        return {
+            "step": self.step,
+            "flags": self.config.flags(),
+            "fingerprint": self.fingerprint,
+            "seconds": self.seconds,
+            "notes": self.notes,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.loader.load_state_dict(state["loader"])
+        self.step, self.seconds, self.notes = state["step"], state["seconds"], state["notes"]
+
+    def _save(self, folder: Path, display: Display) -> None:
+        try:
+            checkpoint.save(folder, self.state_dict(), self.config.run.keep)
+        except OSError as error:
+            if self.step == self.last:
+                raise TrainingError(f"{error}; make room and run the same command again") from None
+            display.say(f"warning: {error}; training goes on with the checkpoint before")
+
+
+def compile_encoders(model: MoCoV3) -> None:
+    """torch.compile the parts that compute; `MoCoV3.forward` only composes them and stays Python."""
+    # DDP's own graph splitter would cut the encoders at every bucket.
+    torch._dynamo.config.optimize_ddp = False
+    for part in (model.normalize, model.base_encoder, model.momentum_encoder, model.predictor):
+        part.compile(fullgraph=True, dynamic=False)

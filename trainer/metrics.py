@@ -1,0 +1,132 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard events and the console, and how long the step waited for data."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.run_folder import write_atomically
+
+METRICS = "metrics.jsonl"
+
+
+class WaitClock:
+    """Seconds that the device idled for the next batch, summed between two reads.
+
+    On CUDA it is the training stream's own time between two events around the hand-over (the host runs ahead, its
+    waiting says nothing); reading it needs the events to have happened, so read after the metrics were.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the call that fetches the next batch."""
+        if self._cuda:
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            yield
+            after.record()
+            self._events.append((before, after))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def read(self) -> float:
+        """Seconds since the last read."""
+        seconds = self._seconds + sum(before.elapsed_time(after) for before, after in self._events) / 1e3
+        self._events.clear()
+        self._seconds = 0.0
+        return seconds
+
+
+class MetricsLog:
+    """Rows of `metrics.jsonl` and the same numbers as TensorBoard events.
+
+    Opened at a step, both are cut back to it, so that a run that went on has each step once.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.file = folder / METRICS
+        rows = [row for row in read_metrics(folder) if row["step"] <= step]
+        write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._stream = open(self.file, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row, JSON-ready, with its `step`."""
+        self._stream.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name not in ("step", "epoch"):
+                self._tensorboard.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flush both."""
+        self._stream.close()
+        self._tensorboard.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All whole rows of a run's `metrics.jsonl`; a last line that a crash cut off is left out."""
+    file = folder / METRICS
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Display:
+    """Rank 0's view of the run: one live line on a terminal, a plain line a row elsewhere."""
+
+    def __init__(self, shown: bool) -> None:
+        self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self._live = self.console.is_terminal and shown
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self._live,
+        )
+        self._task: TaskID | None = None
+
+    def start(self, step: int, total: int) -> None:
+        """Show the bar, from this step on; the time left is reckoned from here."""
+        self._total, self._first, self._started = total, step, time.monotonic()
+        self._task = self._bar.add_task("training", total=total, completed=step)
+        self._bar.start()
+
+    def say(self, line: str) -> None:
+        """A line of its own."""
+        self.console.print(line, markup=False)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """A row of metrics."""
+        text = (
+            f"epoch {row['epoch']} loss {row['loss']:.4f} lr {row['lr']:.2e} "
+            f"{row['images_per_second']:.0f} images/s data wait {row['data_wait']:.0%}"
+        )
+        if self._live and self._task is not None:
+            self._bar.update(self._task, description=text, completed=row["step"])
+            return
+        left = (time.monotonic() - self._started) / (row["step"] - self._first) * (self._total - row["step"])
+        self.say(f"step {row['step']}/{self._total} {text} ETA {int(left) // 60}:{int(left) % 60:02d}")
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()

@@ -1,0 +1,112 @@
+"""Everything that can be found out before ranks meet: is the command sound, whose is the run folder, where to go on."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dali_pipes import DatasetIndex
+from trainer import checkpoint
+from trainer import config as configuration
+from trainer.config import Config, ConfigError, disagreements
+from trainer.distributed import World, choose_device
+from trainer.engine import build_model
+from trainer.metrics import Display
+from trainer.run_folder import RunFolder
+
+TRAIN_INDEX, VAL_INDEX = "train_index.npz", "val_index.npz"
+COMPILERS = (os.environ.get("CC"), "cc", "gcc", "clang")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What rank 0 found out and every rank acts on."""
+
+    config: Config
+    checkpoint: Path | None
+
+
+def prepare(argv: list[str], world: World, display: Display) -> Start:
+    """Check everything that can be checked before ranks meet, then claim the run folder. For rank 0.
+
+    Raises:
+        ConfigError, DatasetError: what is wrong and how to mend it; nothing was written.
+    """
+    config = configuration.parse(argv)
+    config.check(world.size)
+    device = choose_device(config.run.device, world)
+    folder = RunFolder(config.run.out)
+    recorded = folder.recorded()
+    config = _resolve(config, device, recorded, display)
+
+    tree, val_tree = _trees(config.data.data)
+    index = _scan(tree, display)
+    val = _scan(val_tree, display) if val_tree is not None else None
+    images = len(index.paths)
+    if config.optim.batch_size > images:
+        raise ConfigError(
+            f"--batch-size {config.optim.batch_size}, but {tree} has {images} images; use at most {images}"
+        )
+    try:
+        build_model(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+    if recorded is not None:
+        folder.check(recorded, config, index.fingerprint)
+    _, file, warnings = checkpoint.newest(config.run.out)
+    for warning in warnings:
+        display.say(f"warning: {warning}; going on with the one before")
+    if file is None and config.run.resume is not None:
+        file = config.run.resume
+        state = checkpoint.load(file)
+        differ = disagreements(state["flags"], config.flags())
+        if state["fingerprint"] != index.fingerprint:
+            differ.append("the images are others")
+        if differ:
+            raise ConfigError(f"--resume {file} is from another run: {'; '.join(differ)}")
+
+    folder.claim(config, index.fingerprint)
+    index.save(config.run.out / TRAIN_INDEX)
+    (config.run.out / VAL_INDEX).unlink(missing_ok=True)
+    if val is not None:
+        val.save(config.run.out / VAL_INDEX)
+    return Start(config, file)
+
+
+def _resolve(config: Config, device: torch.device, recorded: dict[str, Any] | None, display: Display) -> Config:
+    """Replace what is `auto` by what it means here; a run that goes on keeps its precision."""
+    amp, compile_ = config.run.amp, config.run.compile
+    if amp == "auto":
+        if recorded is not None:
+            amp = recorded["flags"].get("amp", "off")
+        elif device.type == "cpu" or config.run.dtype == "float64":
+            amp = "off"
+        else:
+            amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    compiler = next((name for name in COMPILERS if name and shutil.which(name)), None)
+    if compile_ == "auto":
+        compile_ = "on" if device.type == "cuda" else "off"
+    if compile_ == "on" and compiler is None:
+        display.say("no C compiler on the PATH: running eager, which is slower; install gcc and g++ to compile")
+        compile_ = "off"
+    return configuration.replace(config, amp=amp, compile=compile_)
+
+
+def _trees(data: Path) -> tuple[Path, Path | None]:
+    """Training tree and validation tree of `--data`."""
+    train, val = data / "train", data / "val"
+    if not train.is_dir():
+        return data, None
+    return train, val if val.is_dir() else None
+
+
+def _scan(tree: Path, display: Display) -> DatasetIndex:
+    index = DatasetIndex.scan(tree)
+    if index.rejected:
+        path, reason = index.rejected[0]
+        display.say(f"{tree}: {len(index.rejected)} files set aside, first {path}: {reason}")
+    return index

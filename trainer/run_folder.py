@@ -1,0 +1,80 @@
+"""A run's own folder: whose it is, one process at a time, and the configuration that it goes on with."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config, ConfigError, disagreements
+
+CONFIG = "config.json"
+LOCK = "lock"
+
+
+class RunFolder:
+    """`--out`. Reading it changes nothing; `claim` makes it this process's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    def recorded(self) -> dict[str, Any] | None:
+        """What `config.json` says of the run that is there; None for a new or empty folder.
+
+        Raises:
+            ConfigError: the path is no folder, holds something else than a run, or its configuration is damaged.
+        """
+        if not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise ConfigError(f"--out {self.path} is a file; name a folder")
+        file = self.path / CONFIG
+        if not file.exists():
+            if any(entry.name != LOCK for entry in self.path.iterdir()):
+                raise ConfigError(f"--out {self.path} is not empty and holds no run; name another folder")
+            return None
+        try:
+            recorded = json.loads(file.read_text())
+            recorded["flags"].items()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{file} is damaged; restore it or name another --out") from None
+        return recorded
+
+    def check(self, recorded: dict[str, Any], config: Config, fingerprint: str) -> None:
+        """Raise `ConfigError` if this command would learn something else than the run that is there."""
+        differ = disagreements(recorded["flags"], config.flags())
+        if recorded.get("fingerprint") != fingerprint:
+            differ.append(f"the images are others ({recorded.get('fingerprint')} there, {fingerprint} here)")
+        if differ:
+            raise ConfigError(
+                f"--out {self.path} belongs to another run: {'; '.join(differ)}. Name another --out, or use its flags"
+            )
+
+    def claim(self, config: Config, fingerprint: str) -> None:
+        """Create the folder, lock it against a second process, and write `config.json` if it is not there.
+
+        Raises:
+            ConfigError: another process has it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (self.path / CONFIG).exists():
+                recorded = {"flags": config.flags(), "fingerprint": fingerprint}
+                write_atomically(self.path / CONFIG, (json.dumps(recorded, indent=2) + "\n").encode())
+        except BlockingIOError:
+            raise ConfigError(f"--out {self.path} is in use by another process; wait for it or stop it") from None
+        except OSError as error:
+            raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}; name another folder") from None
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write so that `file` is either the old or the new one at any instant, also after a power cut."""
+    part = file.with_name(file.name + ".part")
+    with open(part, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, file)
