@@ -15,108 +15,71 @@ Arguments = dict[str, NDArray]  # one graph input each; axis 0 is the sample
 
 @dataclass(frozen=True)
 class Window:
-    """A box of each image, resized to `resized_*`, of which a square from (`top_out`, `left_out`) on is kept."""
+    """A box of each image is resized, and of the result a square is kept. int32 (N, 2): y, x; all in pixels."""
 
-    top: NDArray[np.int32]
-    left: NDArray[np.int32]
-    height: NDArray[np.int32]
-    width: NDArray[np.int32]
-    resized_height: NDArray[np.int32]
-    resized_width: NDArray[np.int32]
-    top_out: NDArray[np.int32]
-    left_out: NDArray[np.int32]
+    start: NDArray[np.int32]  # of the box in the image
+    shape: NDArray[np.int32]  # of the box
+    resized: NDArray[np.int32]  # shape of the resized box
+    origin: NDArray[np.int32]  # of the square in it
 
     @classmethod
     def of_crop(cls, params: SampleParams, size: int) -> "Window":
-        """The whole box, resized to a square: torchvision's `resized_crop`."""
-        full, zero = np.full(len(params), size, np.int32), np.zeros(len(params), np.int32)
-        return cls(params.top, params.left, params.height, params.width, full, full, zero, zero)
+        """The whole box, resized to a square of that size: torchvision's `resized_crop`."""
+        start, shape = np.stack([params.top, params.left], 1), np.stack([params.height, params.width], 1)
+        return cls(start, shape, np.full_like(shape, size), np.zeros_like(shape))
 
     @classmethod
     def of_centre(cls, heights: NDArray[np.int32], widths: NDArray[np.int32], resize: int, crop: int) -> "Window":
-        """The middle of the whole image: torchvision's `Resize(resize)` (the shorter side) and `CenterCrop(crop)`."""
-        tall = heights > widths
-        long = resize * np.maximum(heights, widths) // np.minimum(heights, widths)
-        high, wide = np.where(tall, long, resize).astype(np.int32), np.where(tall, resize, long).astype(np.int32)
-        zero = np.zeros(len(heights), np.int32)
-        top, left = (np.rint((side - crop) / 2).astype(np.int32) for side in (high, wide))
-        return cls(zero, zero, heights, widths, high, wide, top, left)
+        """The middle of the whole image: torchvision's `Resize(resize)` of the shorter side, `CenterCrop(crop)`."""
+        shape = np.stack([heights, widths], 1).astype(np.int32)
+        resized = (resize * shape.astype(np.int64) // shape.min(1, keepdims=True)).astype(np.int32)
+        return cls(np.zeros_like(shape), shape, resized, np.rint((resized - crop) / 2).astype(np.int32))
 
 
 def crop_arguments(window: Window, size: int) -> Arguments:
-    """Inputs of `operators.crop` for views of `size` pixels a side."""
-    y = _Axis.of(window.height, window.resized_height, window.top_out, size)
-    x = _Axis.of(window.width, window.resized_width, window.left_out, size)
+    """Inputs of `operators.crop` for views of `size` pixels a side; its docstring says what the zeros are for."""
+    scale = window.shape / window.resized
+    # Enlarging, Pillow and DALI alike see only the border pixel beyond the border: no zeros, and all weights 1.
+    pad = np.where(scale > 1, np.ceil(scale) + 2, 0).astype(np.int32)
+    padded = window.shape + 2 * pad
+    start, end = pad + window.origin * scale, pad + (window.origin + size) * scale
+    weights = np.ones((*scale.shape, size), np.float32)
+    inside = _inside_share(np.maximum(scale, 1.0), window.shape)
+    weights[:, :, 0] = np.where(window.origin == 0, inside, 1.0)
+    weights[:, :, -1] = np.where(window.origin + size == window.resized, inside, weights[:, :, -1])
+
     # Pillow 13 resizes vertically first where the height loses more than twice the pixels that the width loses, and
-    # horizontally first otherwise (measured over 150 shapes; Pillow PR 9549). Either pass rounds to 8 bits, so the
-    # order moves a quarter of the subpixels by one. Pillow up to 12 is always horizontal first.
-    lost_y, lost_x = window.height - window.resized_height, window.width - window.resized_width
-    rows_first = (lost_y > 0) & (lost_y > 2 * lost_x)
-    whole = np.zeros_like(y.start)
-    count = np.full_like(y.start, size)
-    rows = {"first": y.padded, "second": count}  # the height before the pass, if the pass is along the other axis
-    columns = {"first": x.padded, "second": count}
-    inputs: Arguments = {
-        "box_start": np.stack([window.top, window.left], 1),
-        "box_shape": np.stack([window.height, window.width], 1),
-        "pad_start": np.stack([-y.pad, -x.pad], 1),
-        "pad_shape": np.stack([y.padded, x.padded], 1).astype(np.int32),
+    # horizontally first otherwise (Pillow PR 9549; the bound measured over 60 shapes); up to 12 it is always the
+    # latter. Each pass rounds to bytes, so the order moves a quarter of an image's values by one.
+    lost = window.shape - window.resized
+    rows_first = (lost[:, 0] > 0) & (lost[:, 0] > 2 * lost[:, 1])
+    first = np.stack([rows_first, ~rows_first], 1)  # whether the first pass is along that axis; the second is not
+    return {
+        "box_start": window.start,
+        "box_shape": window.shape,
+        "pad_start": -pad,
+        "pad_shape": padded,
+        "first_start": np.where(first, start, 0).astype(np.float32),
+        "first_end": np.where(first, end, padded).astype(np.float32),
+        "first_size": np.where(first, size, padded).astype(np.float32),
+        "second_start": np.where(first, 0, start).astype(np.float32),
+        "second_end": np.where(first, size, end).astype(np.float32),
         "rows_first": rows_first,
-        "row_weights": y.weights[:, :, None, None],
-        "column_weights": x.weights[:, None, :, None],
+        "row_weights": weights[:, 0, :, None, None],
+        "column_weights": weights[:, 1, None, :, None],
     }
-    for step, along_y in (("first", rows_first), ("second", ~rows_first)):
-        inputs[f"{step}_start"] = np.stack([np.where(along_y, y.start, whole), np.where(along_y, whole, x.start)], 1)
-        inputs[f"{step}_end"] = np.stack(
-            [np.where(along_y, y.end, rows[step]), np.where(along_y, columns[step], x.end)], 1
-        )
-        inputs[f"{step}_size"] = np.stack(
-            [np.where(along_y, count, rows[step]), np.where(along_y, columns[step], count)], 1
-        )
-    return inputs
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """One axis of the resize: float32 arrays of N, except `weights`."""
-
-    pad: NDArray[np.int32]  # zeros on either side of the box
-    padded: NDArray[np.float32]  # length with them
-    start: NDArray[np.float32]  # of the source interval that becomes the output, in the padded box
-    end: NDArray[np.float32]
-    weights: NDArray[np.float32]  # (N, size): the share of each output's kernel that lies inside the box
-
-    @classmethod
-    def of(
-        cls, length: NDArray[np.int32], resized: NDArray[np.int32], first: NDArray[np.int32], size: int
-    ) -> "_Axis":
-        """`length` source pixels become `resized`, of which `size` from `first` on are kept."""
-        scale = length / resized
-        # Enlarging, Pillow and DALI both see only the border pixel beyond the border: nothing to mend, no zeros.
-        pad = np.where(scale > 1, np.ceil(scale) + 2, 0).astype(np.int32)
-        weights = np.ones((len(length), size), np.float32)
-        inside = _inside_share(np.maximum(scale, 1.0), length)
-        weights[:, 0] = np.where(first == 0, inside, 1.0)
-        weights[:, -1] = np.where(first + size == resized, inside, weights[:, -1])
-        return cls(
-            pad=pad,
-            padded=(length + 2 * pad).astype(np.float32),
-            start=(pad + first * scale).astype(np.float32),
-            end=(pad + (first + size) * scale).astype(np.float32),
-            weights=weights,
-        )
 
 
 def _inside_share(scale: NDArray[np.float64], length: NDArray[np.int32]) -> NDArray[np.float64]:
-    """The share of the triangle kernel of the outermost output that lies inside the box; 1 where nothing is reduced.
+    """The share of the outermost output's triangle kernel that lies inside the box, when `scale` pixels become one.
 
-    Output 0 has its centre at scale / 2 and reaches scale to either side, so it, and it alone on its side, is cut.
+    Output 0 has its centre at scale / 2 and reaches scale to either side: it alone is cut on its side. By symmetry the
+    same share holds for the last output. 1 at scale 1.
     """
     reach = int(np.ceil(scale.max())) + 1
-    pixel = np.arange(-reach, 2 * reach)[None]
-    kernel = np.maximum(1 - np.abs(pixel + 0.5 - scale[:, None] / 2) / scale[:, None], 0)
-    inside = (kernel * ((pixel >= 0) & (pixel < length[:, None]))).sum(1)
-    return np.where(scale > 1, inside / kernel.sum(1), 1.0)
+    pixel = np.arange(-reach, 2 * reach)
+    kernel = np.maximum(1 - np.abs(pixel + 0.5 - scale[..., None] / 2) / scale[..., None], 0)
+    return (kernel * ((pixel >= 0) & (pixel < length[..., None]))).sum(-1) / kernel.sum(-1)
 
 
 def colour_arguments(params: SampleParams, spec: ViewSpec) -> Arguments:

@@ -1,4 +1,4 @@
-"""The DALI graph: read ▸ decode once ▸ views. It applies parameters and draws nothing, so one graph serves any epoch."""
+"""The DALI graph: read ▸ decode once ▸ views. It applies parameters and draws nothing: one graph serves any epoch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,16 +54,7 @@ def build_pipeline(
     )
     def graph() -> tuple[Any, ...]:
         path, *flat = fn.external_source(source=source, num_outputs=1 + sum(map(len, names)), batch=True)
-        # Reading by mmap makes a file that became empty stick: every later batch fails, too.
-        encoded = fn.io.file.read(path, dont_use_mmap=True)
-        image = fn.decoders.image(
-            encoded,
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,  # as torchvision's ImageFolder loader
-            jpeg_fancy_upsampling=True,  # as libjpeg-turbo; off, nvJPEG differs from it by up to 84 levels
-            hw_decoder_load=_HARDWARE_SHARE,
-        )
+        image = decoded(path, on_gpu)
         views = []
         for i in range(len(specs)):
             inputs = {name: flat.pop(0) for name in names[i]}
@@ -73,3 +64,17 @@ def build_pipeline(
     pipeline = graph()
     pipeline.build()
     return pipeline
+
+
+def decoded(path: Any, on_gpu: bool) -> Any:
+    """The images of files, uint8 (height, width, 3) RGB: on the CPU bit for bit what Pillow's convert("RGB") gives."""
+    # Reading by mmap makes a file that became empty stick: every later batch fails, too.
+    encoded = fn.io.file.read(path, dont_use_mmap=True)
+    return fn.decoders.image(
+        encoded,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,  # as torchvision's ImageFolder loader
+        jpeg_fancy_upsampling=True,  # as libjpeg-turbo; off, nvJPEG differs from it by up to 84 levels
+        hw_decoder_load=_HARDWARE_SHARE,
+    )

@@ -134,7 +134,9 @@ class DatasetIndex:
                     rejected=[(path, reason) for path, reason in text["rejected"]],
                 )
         except FileNotFoundError:
-            raise DatasetError(f"{os.fspath(file)}: no such index; make it with DatasetIndex.scan(tree).save(file)") from None
+            raise DatasetError(
+                f"{os.fspath(file)}: no such index; make it with DatasetIndex.scan(tree).save(file)"
+            ) from None
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise DatasetError(f"{os.fspath(file)} is not a dataset index; scan the images again ({error})") from None
 
@@ -164,12 +166,18 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
                 if level == "full" or not _ends(file, size, image.format):
                     image.load()
     except Image.UnidentifiedImageError:
-        return FileCheck(reason="not an image")
+        return FileCheck(reason=_unidentified(path))
     except Image.DecompressionBombError as error:
         return FileCheck(reason=str(error))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
         return FileCheck(reason=str(error) or type(error).__name__)
     return FileCheck(width, height)
+
+
+def _unidentified(path: str) -> str:
+    with open(path, "rb") as file:
+        jpeg = file.read(2) == b"\xff\xd8"
+    return "a JPEG that is damaged or of an unsupported kind, such as 12-bit" if jpeg else "not an image"
 
 
 def _ends(file: BinaryIO, size: int, kind: str) -> bool:

@@ -178,7 +178,9 @@ class EvalLoader:
         if crop < 1 or (not train and crop > resize):
             raise ValueError(f"crop {crop} does not fit into images resized to {resize}; use at most {resize}")
         if len(index) < world_size:
-            raise DatasetError(f"{len(index)} images are too few for {world_size} ranks; use at most {len(index)} ranks")
+            raise DatasetError(
+                f"{len(index)} images are too few for {world_size} ranks; use at most {len(index)} ranks"
+            )
         self._index = index
         self._plan = EvalPlan(index, resize, crop, train, seed, batch_size, rank, world_size)
         self._stream = Stream(self._plan, _device(device), "float32", num_threads)
@@ -220,7 +222,9 @@ def _device(device: str | torch.device) -> torch.device:
     if device.type == "cpu":
         return device
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise ValueError(f"device {device} is not there for DALI; use cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+        raise ValueError(
+            f"device {device} is not there for DALI; use cpu" + (" or cuda" if torch.cuda.is_available() else "")
+        )
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
@@ -231,4 +235,5 @@ def _take(
     try:
         return stream.take(position)
     except BrokenBatch as broken:
-        raise plan.explain(broken.rows, str(broken)) from None
+        failure = plan.explain(broken.rows, str(broken))
+    raise failure  # out here, where it drags neither DALI's traceback nor the broken pipeline along

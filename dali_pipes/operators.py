@@ -3,8 +3,11 @@
 Pillow works in uint8 between operations, truncates in its blends and rounds elsewhere; all of that is kept, because it
 is visible: float32 between the operations is 1.0 grey levels off on average, this chain below 0.05
 (tests/dali_pipes/test_operators.py). Inputs named in `arguments.py` are per-sample CPU nodes: conditions and named
-arguments must be on the CPU also in a GPU graph. An `if` on a node is DALI's conditional execution: it splits the batch.
+arguments must be on the CPU also in a GPU graph. An `if` on a node is DALI's conditional execution, which splits the
+batch; it knows `and`, and no conditional expressions.
 """
+
+# ruff: noqa: SIM108
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,23 +29,19 @@ _DIFFERENCES = [0.0, 1.0, -1.0, -1.0, 0.0, 1.0, 1.0, -1.0, 0.0]  # (R, G, B) to 
 
 def view(image: Node, inputs: Inputs, spec: ViewSpec) -> Node:
     """One view before its flip: uint8 (size, size, 3). What the spec never applies is not in the graph."""
-    x = crop(image, inputs)
-    if spec.jitter > 0:
-        if inputs["jitter"]:
-            x = jitter(x, inputs)
-    if spec.grayscale > 0:
-        if inputs["grayscale"]:
-            x = grayscale(x)
-    if spec.blur > 0:
-        if inputs["blur"]:
-            x = blur(x, inputs["taps"])
-    if spec.solarize > 0:
-        if inputs["solarize"]:
-            x = solarize(x, spec.solarize_threshold)
+    x = crop(image, inputs, spec.size)
+    if spec.jitter > 0 and inputs["jitter"]:
+        x = jitter(x, inputs)
+    if spec.grayscale > 0 and inputs["grayscale"]:
+        x = grayscale(x)
+    if spec.blur > 0 and inputs["blur"]:
+        x = blur(x, inputs["taps"])
+    if spec.solarize > 0 and inputs["solarize"]:
+        x = solarize(x, spec.solarize_threshold)
     return x
 
 
-def crop(image: Node, inputs: Inputs) -> Node:
+def crop(image: Node, inputs: Inputs, size: int) -> Node:
     """Cut out the box and resize it as Pillow does: one axis, round, the other axis, round.
 
     At the border of the box Pillow scales up the part of its kernel that lies inside, where DALI repeats the border
@@ -58,12 +57,12 @@ def crop(image: Node, inputs: Inputs) -> Node:
         out_of_bounds_policy="pad",
         fill_values=0,
     )
-    x = _resize(x, inputs, "first")
+    x = _resize(x, inputs["first_size"], inputs["first_start"], inputs["first_end"])
     if inputs["rows_first"]:
         x = _divide_rows(x, inputs)
     else:
         x = _divide_columns(x, inputs)
-    x = _resize(x, inputs, "second")
+    x = _resize(x, [size, size], inputs["second_start"], inputs["second_end"])
     if inputs["rows_first"]:
         x = _divide_columns(x, inputs)
     else:
@@ -71,12 +70,13 @@ def crop(image: Node, inputs: Inputs) -> Node:
     return x
 
 
-def _resize(x: Node, inputs: Inputs, step: str) -> Node:
+def _resize(x: Node, size: Node | list[int], start: Node, end: Node) -> Node:
+    """The part of x between `start` and `end` at a new size, by a triangle kernel as wide as the reduction."""
     return fn.resize(
         x,
-        size=inputs[f"{step}_size"],
-        roi_start=inputs[f"{step}_start"],
-        roi_end=inputs[f"{step}_end"],
+        size=size,
+        roi_start=start,
+        roi_end=end,
         mode="stretch",
         interp_type=types.INTERP_LINEAR,
         antialias=True,
@@ -182,9 +182,7 @@ def blur(x: Node, taps: Node) -> Node:
 def solarize(x: Node, threshold: int) -> Node:
     """Invert the values from `threshold` on."""
     keys = list(range(256))
-    return fn.lookup_table(
-        x, keys=keys, values=[v if v < threshold else 255 - v for v in keys], dtype=types.UINT8
-    )
+    return fn.lookup_table(x, keys=keys, values=[v if v < threshold else 255 - v for v in keys], dtype=types.UINT8)
 
 
 def finish(x: Node, flip: Node, output: str) -> Node:

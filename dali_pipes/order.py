@@ -18,7 +18,7 @@ def epoch_permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def equal_share(order: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
-    """This rank's places of `order`, as many for every rank: the remainder, fewer than `world_size` rows, is dropped."""
+    """This rank's places of `order`, as many for every rank; the fewer than `world_size` rows left over are dropped."""
     return order[rank : len(order) // world_size * world_size : world_size]
 
 

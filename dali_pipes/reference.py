@@ -1,8 +1,8 @@
-"""The same parameters applied by torchvision on Pillow images: the oracle of the tests and the peer of the benchmarks."""
+"""The same parameters applied by torchvision to Pillow images: the tests' oracle and the benchmarks' peer."""
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as F  # noqa: N812 (torchvision's own name for it)
+import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch.utils.data import Dataset
 

@@ -7,7 +7,7 @@ batch, the rank or the order of the calls. Chain of SplitMix64 finalisers (Steel
     row(seed, epoch, view, index)  = mix(key + index)
     number k of that row           = mix(row + k * ODD) >> 11, as a float64 in [0, 1) with 53 bits
 
-`_DRAWS` is the layout of k. It is part of what a seed means: add at the end, never renumber.
+`_AREAS`, `_RATIOS` and `_DRAWS` are the layout of k. It is part of what a seed means: add at the end, never renumber.
 """
 
 import itertools
@@ -20,9 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from dali_pipes.views import ViewSpec
 
 _TRIES = 10  # of torchvision's RandomResizedCrop.get_params, before it falls back to a centred crop
+_AREAS, _RATIOS = slice(0, 10), slice(10, 20)  # one of each a try
 _DRAWS = {
-    "area": slice(0, 10),
-    "ratio": slice(10, 20),
     "top": 20,
     "left": 21,
     "jitter": 22,
@@ -122,9 +121,9 @@ def sample_params(
 
 def uniforms(seed: int, epoch: int, view: int, indices: ArrayLike, count: int) -> NDArray[np.float64]:
     """(N, count) independent numbers in [0, 1) for N images; see the module's docstring for the generator."""
-    key = np.uint64(0)
+    key = np.zeros(1, np.uint64)  # an array: it wraps silently, where a NumPy scalar warns
     for part in (seed, epoch, view):
-        key = _mix(np.array(part & _MASK, np.uint64) + key)
+        key = _mix(key + np.uint64(part & _MASK))
     rows = _mix(np.asarray(indices).astype(np.uint64) + key)
     steps = np.arange(count, dtype=np.uint64) * _ODD
     return (_mix(rows[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -132,11 +131,10 @@ def uniforms(seed: int, epoch: int, view: int, indices: ArrayLike, count: int) -
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finaliser: a bijection of 64 bits in which every input bit moves every output bit."""
-    with np.errstate(over="ignore"):  # wrapping is the point; arrays wrap silently, NumPy scalars would warn
-        z = z + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def _crop_boxes(
@@ -145,8 +143,8 @@ def _crop_boxes(
     """RandomResizedCrop.get_params for N images at once: (top, left, height, width), int32 arrays of N."""
     low, high = spec.crop_scale
     log_low, log_high = math.log(spec.crop_ratio[0]), math.log(spec.crop_ratio[1])
-    area = (heights * widths)[:, None] * (low + (high - low) * u[:, _DRAWS["area"]])
-    ratio = np.exp(log_low + (log_high - log_low) * u[:, _DRAWS["ratio"]])
+    area = (heights * widths)[:, None] * (low + (high - low) * u[:, _AREAS])
+    ratio = np.exp(log_low + (log_high - log_low) * u[:, _RATIOS])
     try_width = np.rint(np.sqrt(area * ratio))  # rint is Python's round: half to even
     try_height = np.rint(np.sqrt(area / ratio))
     fits = (try_width > 0) & (try_width <= widths[:, None]) & (try_height > 0) & (try_height <= heights[:, None])

@@ -25,8 +25,8 @@ class BrokenBatch(RuntimeError):
 class Stream:
     """Hands out the batch of any position; asked for them in order, it has the next ones under way.
 
-    The pipeline is built at first use, runs on across epochs, and is built anew only after a failure: what a jump leaves
-    in flight is waited for and dropped.
+    The pipeline is built at first use, runs on across epochs, and is built anew only after a failure: what a jump
+    leaves in flight is waited for and dropped.
     """
 
     def __init__(self, plan: Plan, device: torch.device, output: str, num_threads: int) -> None:
@@ -57,10 +57,8 @@ class Stream:
 
     def close(self) -> None:
         """Free the pipeline, its threads and its memory; tensors that were handed out stay valid."""
-        pipeline, self._pipeline = self._pipeline, None
         self._feed.under_way.clear()
-        if pipeline is not None:
-            pipeline._shutdown()  # DALI has no public way; __del__ does the same, when the last reference goes
+        self._pipeline = None
 
     def _build(self) -> Any:
         return build_pipeline(
@@ -87,7 +85,7 @@ class Stream:
         except RuntimeError as error:
             _, rows = self._feed.under_way[0]
             self.close()
-            raise BrokenBatch(rows, str(error)) from error
+            raise BrokenBatch(rows, str(error)) from None
 
     def _drop(self) -> None:
         while self._feed.under_way:

@@ -51,7 +51,9 @@ class ViewSpec:
 
 
 _RANGES = (("crop_scale", 0.0, 1.0), ("crop_ratio", 0.0, 100.0), ("sigma", 0.0, 100.0))
-_STRENGTHS: Mapping[str, float] = MappingProxyType({"brightness": 10.0, "contrast": 10.0, "saturation": 10.0, "hue": 0.5})
+_STRENGTHS: Mapping[str, float] = MappingProxyType(
+    {"brightness": 10.0, "contrast": 10.0, "saturation": 10.0, "hue": 0.5}
+)
 
 
 @dataclass(frozen=True)

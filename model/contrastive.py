@@ -1,9 +1,10 @@
 """The contrastive loss of one pair of views (paper, section 3, equation 1 and algorithm 1)."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.collectives import gather, rank
 
 
 def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
@@ -17,19 +18,7 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
     # error grow by 1 / temperature. Logits in float32 cost well under a thousandth of a step.
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        keys = gather_keys(k).to(dtype)
+        keys = gather(k).to(dtype)
         logits = F.normalize(q.to(dtype)) @ F.normalize(keys).T / temperature
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        labels = torch.arange(len(q), device=q.device) + rank * len(q)
+        labels = torch.arange(len(q), device=q.device) + rank() * len(q)
         return F.cross_entropy(logits, labels) * (2 * temperature)
-
-
-@torch.no_grad()
-def gather_keys(k: Tensor) -> Tensor:
-    """The keys of all ranks, in rank order and without gradient: (N, D) to (N x world size, D)."""
-    k = k.detach()
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return k
-    keys = k.new_empty(dist.get_world_size() * len(k), k.shape[1])
-    dist.all_gather_into_tensor(keys, k.contiguous())
-    return keys

@@ -1,11 +1,9 @@
 """State dicts and checkpoint files of the reference release (facebookresearch/moco-v3), both ways.
 
-MoCoV3 uses the reference's parameter names, so that translation is a matter of the `module.` that DistributedDataParallel put
-before each of them there.
+MoCoV3 uses the reference's parameter names, so that translation is a matter of the `module.` that DDP put before each.
 """
 
 import os
-import pickle
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,8 +17,8 @@ _PARTS = ("base_encoder.", "momentum_encoder.", "predictor.")
 class OfficialCheckpoint(NamedTuple):
     """A pre-training file of the reference.
 
-    epoch: epochs done. state_dict: as MoCoV3.load_state_dict takes it. optimizer, scaler: their state dicts, or None where
-    the file has none, as the published ones do. The optimizer's indices count MoCoV3.parameters() in order.
+    epoch: epochs done. state_dict: as MoCoV3.load_state_dict takes it. optimizer, scaler: their state dicts, or None
+    where the file has none, as the published ones. The optimizer's indices count MoCoV3.parameters() in order.
     """
 
     arch: str
@@ -33,8 +31,8 @@ class OfficialCheckpoint(NamedTuple):
 def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reference's full state dict, with or without `module.`, under MoCoV3's names.
 
-    Raises ValueError, saying what it is, for anything but a whole pre-training model: base encoder, momentum encoder and
-    predictor.
+    Raises ValueError, saying what it is, for anything but a whole pre-training model: base encoder, momentum encoder
+    and predictor.
     """
     ours = {name.removeprefix(_PREFIX): value for name, value in state_dict.items()}
     foreign = [name for name in ours if not name.startswith(_PARTS)]

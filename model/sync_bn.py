@@ -7,12 +7,12 @@ functional collectives, which torch.compile traces without a graph break.
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from model.collectives import add_up, gather, world_size
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -39,7 +39,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalised input; the running statistics move in training mode."""
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if not self.training or world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
         mean, variance, count = _global_statistics(input)
@@ -120,7 +120,7 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Gathering each rank's mean and variance, instead of adding sums of squares, keeps the digits of a channel whose
     # mean is large against its deviation.
     count = mean.new_full((1,), x.numel() // x.shape[1])
-    ranks = functional.all_gather_tensor(torch.cat([mean, variance, count])[None], 0, _world())
+    ranks = gather(torch.cat([mean, variance, count])[None])
     means, variances, counts = ranks.split([x.shape[1], x.shape[1], 1], dim=1)
     total = counts.sum()
     share = counts / total
@@ -158,18 +158,13 @@ class _Normalize(torch.autograd.Function):
         # The local sums are this rank's gradients of bias and weight, which DDP averages; x needs the sums over all
         # ranks.
         grad_bias, grad_weight = grad.sum(dims), (grad * standardized).sum(dims)
-        sums = functional.all_reduce(torch.stack([grad_bias, grad_weight]), "sum", _world())
+        sums = add_up(torch.stack([grad_bias, grad_weight]))
         mean_grad, mean_product = (_along_channels(each, x) for each in (sums / count).unbind())
         scale = inverse_std if weight is None else inverse_std * weight
         grad_x = (grad - mean_grad - standardized * mean_product) * _along_channels(scale, x)
         if weight is None:
             return grad_x.to(x.dtype), None, None, None, None, None
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None
-
-
-def _world() -> dist.ProcessGroup:
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD
 
 
 def _standardized(x: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:

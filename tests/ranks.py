@@ -19,11 +19,12 @@ def run_on_ranks(
 ) -> list[Any]:
     """[function(*args) on rank 0, on rank 1, ...], called inside an initialised gloo process group.
 
-    function: importable, i.e. at the top of a module. args and results: picklable. folder: pytest's tmp_path. Rank and world
-    size are torch.distributed's, and RANK, LOCAL_RANK, WORLD_SIZE are set as torchrun sets them. Each rank has one thread.
+    function: importable, i.e. at the top of a module. args and results: picklable. folder: pytest's tmp_path. Rank and
+    world size are torch.distributed's, and RANK, LOCAL_RANK, WORLD_SIZE are set as torchrun sets them. Each rank has
+    one thread.
 
-    Raises RuntimeError with the traceback of the first rank that failed, TimeoutError after `timeout` seconds; no process
-    outlives the call.
+    Raises RuntimeError with the traceback of the first rank that failed, TimeoutError after `timeout` seconds; no
+    process outlives the call.
     """
     folder = folder / f"ranks-{uuid4().hex}"
     folder.mkdir()

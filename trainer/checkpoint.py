@@ -65,7 +65,8 @@ def load(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {file} is not there") from None
     except Exception as error:  # whatever bytes are in the file: torch raises many types for a damaged one
-        raise ConfigError(f"checkpoint {file} cannot be read: {str(error).splitlines()[0][:120]}") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"checkpoint {file} cannot be read: {reason[:120]}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ConfigError(f"{file} is no checkpoint of train_ddp.py (format {FORMAT})")
     return state

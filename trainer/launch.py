@@ -1,6 +1,7 @@
 """From a command line to a finished run: prepare, train, judge; errors become one line and an exit code."""
 
 import datetime
+import errno
 import json
 import os
 import sys
@@ -41,6 +42,10 @@ def run(argv: Sequence[str]) -> int:
             time.sleep(5)  # every rank has it, rank 0 says it, and torchrun ends all with the first that exits
             return 1
         return _report(error, 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        return _report(error, 1)
 
 
 def _report(error: Exception, code: int) -> int:
@@ -63,13 +68,17 @@ def _run(argv: list[str], world: World) -> int:
         )
         start = Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None)
 
-    device = choose_device(start.config.run.device, world)
-    join(world, store, device, start.config.run.timeout)
     try:
-        return _train(start, world, device, display)
-    except torch.OutOfMemoryError:
-        pass  # its traceback holds the engine: only outside of this block can the memory be had
-    return _out_of_memory(start.config, world, device, store)
+        device = choose_device(start.config.run.device, world)
+        join(world, store, device, start.config.run.timeout)
+        try:
+            return _train(start, world, device, display)
+        except torch.OutOfMemoryError:
+            pass  # its traceback holds the engine: only outside of this block can the memory be had
+        return _out_of_memory(start.config, world, device, store)
+    finally:
+        if start.folder is not None:
+            start.folder.release()
 
 
 def _train(start: Start, world: World, device: torch.device, display: Display) -> int:

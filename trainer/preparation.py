@@ -27,6 +27,7 @@ class Start:
 
     config: Config
     checkpoint: Path | None
+    folder: RunFolder | None = None  # rank 0 holds its lock
 
 
 def prepare(argv: list[str], world: World, display: Display) -> Start:
@@ -74,7 +75,7 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
     (config.run.out / VAL_INDEX).unlink(missing_ok=True)
     if val is not None:
         val.save(config.run.out / VAL_INDEX)
-    return Start(config, file)
+    return Start(config, file, folder)
 
 
 def _resolve(config: Config, device: torch.device, recorded: dict[str, Any] | None, display: Display) -> Config:

@@ -65,9 +65,16 @@ class RunFolder:
                 recorded = {"flags": config.flags(), "fingerprint": fingerprint}
                 write_atomically(self.path / CONFIG, (json.dumps(recorded, indent=2) + "\n").encode())
         except BlockingIOError:
+            self.release()
             raise ConfigError(f"--out {self.path} is in use by another process; wait for it or stop it") from None
         except OSError as error:
             raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}; name another folder") from None
+
+    def release(self) -> None:
+        """Let another process have it; the end of the process does the same."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def write_atomically(file: Path, content: bytes) -> None:

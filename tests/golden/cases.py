@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def salt() -> str:
 def params(name: str) -> list[Any]:
     """The cases of a file as pytest parameters; what takes long is marked slow."""
     return [
-        pytest.param(golden, id=golden["case"]["tag"], marks=[] if golden["case"]["arch"] in _SMALL else pytest.mark.slow)
+        pytest.param(
+            golden, id=golden["case"]["tag"], marks=[] if golden["case"]["arch"] in _SMALL else pytest.mark.slow
+        )
         for golden in load(name)
     ]
 
@@ -80,7 +83,7 @@ def batch_norm_digests(model: nn.Module, names: Any) -> dict[str, Any]:
     }
 
 
-def digests(tensors: dict[str, Tensor], names: Any) -> dict[str, Any]:
+def digests(tensors: Mapping[str, Tensor], names: Any) -> dict[str, Any]:
     return {name: formula.digest(tensors[name]) for name in names}
 
 

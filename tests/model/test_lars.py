@@ -18,15 +18,13 @@ def optimizer_for(case, params):
 def gradient(name, step, shape):
     if name == "zgrad":
         return torch.zeros(shape, dtype=torch.float64)
-    return torch.from_numpy(formula.array(salt(), f"unit|g|{name}|{step}", shape)).double().reshape(shape)
+    return torch.tensor(formula.array(salt(), f"unit|g|{name}|{step}", shape), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("golden", load("units")["optimizers"], ids=lambda golden: golden["case"]["kind"])
 def test_steps_on_tensors_of_every_kind(golden):
     case, history = golden["case"], golden["f64"]["params_after_each_step"]
-    params = {
-        name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)) for name, value in history[0].items()
-    }
+    params = {name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)) for name, value in history[0].items()}
     optimizer = optimizer_for(case, params.values())
     mine = [{name: p.tolist() for name, p in params.items()}]
     for step in range(case["steps"]):
@@ -48,7 +46,7 @@ def test_gradients_are_left_as_they_are():
     for p, g in zip(params, gradients, strict=True):
         p.grad = g.clone()
     LARS(params, lr=0.1, weight_decay=0.1).step()
-    assert all(torch.equal(p.grad, g) for p, g in zip(params, gradients, strict=True))
+    assert all(p.grad is not None and torch.equal(p.grad, g) for p, g in zip(params, gradients, strict=True))
 
 
 def test_a_saved_state_goes_on_where_it_was():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from model import contrastive_loss
-from model.contrastive import gather_keys
+from model.collectives import gather
 from tests.golden import cases, formula
 from tests.golden.compare import assert_close
 from tests.ranks import run_on_ranks
@@ -17,13 +17,14 @@ def rank_step(golden, sync_bn):
     case, rank, n = golden["case"], dist.get_rank(), golden["case"]["n"]
     model = cases.build(case, sync_bn=sync_bn)
     x1, x2 = (x[rank * n : (rank + 1) * n] for x in cases.views(case, n=2 * n))
-    outputs = {"q": [], "k": []}
+    outputs: dict[str, list[torch.Tensor]] = {"q": [], "k": []}
     model.predictor.register_forward_hook(lambda *call: outputs["q"].append(call[2]))
     model.momentum_encoder.register_forward_hook(lambda *call: outputs["k"].append(call[2]))
-    loss = DistributedDataParallel(model)(x1, x2, momentum=case["m"])
+    ddp = DistributedDataParallel(model)
+    loss = ddp(x1, x2, momentum=case["m"])
     loss.backward()
     (q1, q2), (k1, k2) = outputs["q"], outputs["k"]
-    keys = F.normalize(gather_keys(k2))
+    keys = F.normalize(gather(k2))
     expected = golden["localbn"]["f64"]["rank0"]
     return {
         "loss": loss.item(),

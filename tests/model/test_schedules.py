@@ -11,9 +11,7 @@ def test_pretraining_schedules(golden):
     peak = case["base_lr"] * case["batch"] / 256
     mine = [
         {
-            "lr": learning_rate(
-                point["epoch"], peak=peak, epochs=case["epochs"], warmup_epochs=case["warmup_epochs"]
-            ),
+            "lr": learning_rate(point["epoch"], peak=peak, epochs=case["epochs"], warmup_epochs=case["warmup_epochs"]),
             "moco_m": momentum_coefficient(point["epoch"], start=case["moco_m"], epochs=case["epochs"]),
         }
         for point in golden["points"]

@@ -53,7 +53,7 @@ def test_training_loop(golden):
     model = cases.build({**case, "momentum_init": "copy"})
     optimizer = optimizer_for(case, model, lr=0.0)
     peak = case["base_lr"] * case["batch_for_lr"] / 256
-    trace = {"loss": [], "lr": [], "moco_m": []}
+    trace: dict[str, list[float]] = {"loss": [], "lr": [], "moco_m": []}
     for epoch in range(case["epochs"]):
         for iteration in range(case["iters"]):
             progress = epoch + iteration / case["iters"]

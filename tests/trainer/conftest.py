@@ -1,6 +1,5 @@
 """What the trainer's tests share: generated images, and the real command, in this process or under torchrun."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 TINY = (
     "demo --device cpu --image-size 32 --embed-dim 32 --depth 1 --num-heads 2 --moco-dim 16 --moco-mlp-dim 32 "
-    "--epochs 3 --warmup-epochs 1 --batch-size 16 --log-every 1 --workers 1"
+    "--lr 1e-3 --moco-m 0.99 --epochs 3 --warmup-epochs 1 --batch-size 16 --log-every 1 --workers 1"
 ).split()
 
 
@@ -63,7 +62,6 @@ def start(*flags, ranks=None):
     return subprocess.Popen(
         command(*flags, ranks=ranks),
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

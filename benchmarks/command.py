@@ -1,0 +1,102 @@
+"""How every benchmark runs as a command: parse, measure, write a JSON and a PNG, show a table; or one line of error."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks import gpu, results, tables
+from benchmarks.generated import FOLDER, first, generated
+from benchmarks.gpu import GpuSampler
+from benchmarks.progress import Progress
+from benchmarks.results import Result, ResultError
+from dali_pipes import DatasetError, DatasetIndex
+from trainer.config import ConfigError
+from trainer.distributed import World, choose_device
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every benchmark takes."""
+
+    data: Path | None = None
+    """Folder of images, classes or not (default: generated JPEGs with ImageNet's sizes, in data/benchmark)."""
+    images: int = 256
+    """Generated images; with --data, at most so many of them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU, or the CPU where the machine has none."""
+    workers: int | None = None
+    """Threads of DALI, and processes of a DataLoader (default: this process's cores, at most 16)."""
+    rounds: int = 7
+    """Repeats of every measurement, taken in turns, so that a slow minute meets all alike."""
+    out: Path = Path("benchmarks/results")
+    """Folder of the JSON and the PNG."""
+    quick: bool = False
+    """A short form: that everything runs, in under a minute; its numbers say little."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for values that cannot work."""
+        for flag, value in {"--images": self.images, "--rounds": self.rounds, "--workers": self.workers}.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} {value} is too small; use 1 or more")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"--out {self.out} is not a folder")
+
+    def index(self, progress: Progress) -> DatasetIndex:
+        """The images to measure on."""
+        if self.data is None:
+            progress.say(f"images: {self.images} generated in {FOLDER}")
+            return generated(FOLDER, self.images)
+        train = self.data / "train"
+        found = DatasetIndex.scan(train if train.is_dir() else self.data)
+        return first(found, min(self.images, len(found)))
+
+    def chosen_device(self) -> torch.device:
+        """The device, with its number."""
+        return choose_device(self.device, World())
+
+
+class Benchmark(Protocol):
+    """A benchmark's own flags, with the common ones in `common`."""
+
+    @property
+    def common(self) -> Common:
+        """What every benchmark takes."""
+        ...
+
+
+Flags = TypeVar("Flags", bound=Benchmark)
+
+
+def run(
+    flags: type[Flags],
+    measure: Callable[[Flags, torch.device, Progress], Result],
+    draw: Callable[[Result], Figure],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a benchmark's command line; returns the exit code: 0 done, 2 wrong use. tyro exits by itself on --help."""
+    config = tyro.cli(flags, args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    name = flags.__name__.lower()
+    progress = Progress(name)
+    try:
+        config.common.check()
+        device = config.common.chosen_device()
+        with GpuSampler(device) as sampler:
+            result = measure(config, device, progress)
+    except (ConfigError, DatasetError, ResultError, OSError) as error:
+        print(f"benchmarks.{name}: error: {error}", file=sys.stderr)
+        return 2
+    result = replace(result, gpu=sampler.summary())
+    file = results.write(result, config.common.out)
+    draw(result).savefig(file.with_suffix(".png"), dpi=120)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    tables.show(result, console)
+    console.print(f"- {gpu.sentence(result.gpu)}", markup=False)
+    console.print(f"{file} and {file.with_suffix('.png').name}", markup=False)
+    return 0

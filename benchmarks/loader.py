@@ -1,0 +1,201 @@
+"""How fast do images arrive, where does the time go, and how fast are the others on the same files?
+
+    python -m benchmarks.loader [--data DIR] [--quick] [--help]
+
+Decoding alone, with two crops, and the full two views of ViewLoader; beside them a DataLoader over torchvision's
+classic transforms (Pillow), one over torchvision v2 on tensors, and the usual color_twist graph in DALI.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import charts, dali_sources, torchvision_sources
+from benchmarks.command import Common, run
+from benchmarks.environment import environment, now
+from benchmarks.generated import FOLDER, describe, first, generated
+from benchmarks.progress import Progress
+from benchmarks.results import Measurement, Result
+from benchmarks.source import Contender, Source
+from benchmarks.throughput import CPU, RATE, measure
+from dali_pipes import MOCO_V3, DatasetIndex
+from trainer.config import ConfigError
+
+FULL = "dali: two views"
+LOADERS = "loader"
+PEER_BATCH = 32  # of a DataLoader: a worker makes a batch alone, so smaller ones make steadier windows
+SWEEP_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Images a second and CPU time an image of ways to load two MoCo v3 views."""
+
+    common: Common = field(default_factory=Common)
+    batch_size: int | None = None
+    """Images a batch (default: 256 on a GPU, 32 on the CPU)."""
+    image_size: int = 224
+    """Side of the views, in pixels."""
+    seconds: float = 1.0
+    """At least so long does one window last."""
+    sweeps: bool = True
+    """Also vary batch size, threads, view size and JPEG size of the full two views."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the full two views are measured at."""
+
+    batch: int
+    size: int
+    threads: int
+    scale: float = 1.0  # of generated JPEGs against ImageNet's sizes
+
+
+def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> Result:
+    """Run the benchmark."""
+    common = flags.common
+    if flags.image_size < 8 or (flags.batch_size or 1) < 1 or flags.seconds <= 0:
+        raise ConfigError("--image-size takes 8 or more, --batch-size 1 or more, --seconds more than 0")
+    started, env = now(), environment(device)
+    workers = common.workers or min(16, env["cores"])
+    batch = flags.batch_size or (256 if device.type == "cuda" else 8 if common.quick else 32)
+    rounds, seconds = (3, 0.2) if common.quick else (common.rounds, flags.seconds)
+    images = common.index(progress)
+    point = Point(batch, flags.image_size, workers)
+
+    contenders = _contenders(first(images, max(len(images), batch)), point, device)
+    try:
+        measurements = measure(contenders, rounds, seconds, device, progress)
+    finally:
+        _close(contenders)
+    settings = {c.name: c.source.settings for c in contenders}
+    if flags.sweeps and not common.quick:
+        measurements += _sweeps(flags, images, point, device, progress)
+    return Result(
+        benchmark="loader",
+        subject="",
+        created=started,
+        environment=env,
+        configuration={
+            **_plain(flags),
+            **asdict(point),
+            "rounds": rounds,
+            "seconds": seconds,
+            "data": "generated" if common.data is None else common.data.name,
+            "files": describe(images),
+        },
+        warm_up="before each window, as many batches as the loader may hold ready",
+        measurements=_with_headlines(measurements),
+        notes=_notes(measurements),
+        settings=settings,
+    )
+
+
+def _contenders(images: DatasetIndex, point: Point, device: torch.device) -> list[Contender]:
+    """All ways to load, in the order of the table."""
+    batch, size, threads = point.batch, point.size, point.threads
+    peer = min(PEER_BATCH, batch)
+    makers: dict[str, Callable[[torch.device], Source]] = {
+        "torchvision on Pillow, DataLoader": partial(torchvision_sources.pillow, images, MOCO_V3, peer, size, threads),
+        "torchvision v2 on tensors, DataLoader": partial(
+            torchvision_sources.tensors, images, MOCO_V3, peer, size, threads
+        ),
+        "dali: decode only": partial(dali_sources.decode_only, images, batch, threads),
+        "dali: decode, two crops": partial(
+            dali_sources.Views, images, dali_sources.crops_only(MOCO_V3), batch, size, threads
+        ),
+        FULL: partial(dali_sources.Views, images, MOCO_V3, batch, size, threads),
+        "dali: usual color_twist graph": partial(dali_sources.color_twist, images, MOCO_V3, batch, size, threads),
+    }
+    contenders: list[Contender] = []
+    for name, make in makers.items():
+        contenders.append(Contender(LOADERS, name, make(device)))
+        # Workers are forked at the first batch: before DALI has threads, which a fork would not take along.
+        next(contenders[-1].stream)
+    return contenders
+
+
+def _sweeps(
+    flags: Loader, images: DatasetIndex, base: Point, device: torch.device, progress: Progress
+) -> tuple[Measurement, ...]:
+    """The full two views with one thing varied at a time; the base point is measured again within each sweep."""
+    quarter, half = max(1, base.batch // 4), max(1, base.threads // 2)
+    batches = sorted({quarter, base.batch, 2 * base.batch})
+    threads = sorted({1, half, base.threads})
+    sizes = sorted({96, 160, base.size})
+    sweeps: dict[str, list[tuple[str, Point]]] = {
+        "batch size": [(f"{b}", Point(b, base.size, base.threads)) for b in batches],
+        "threads": [(f"{t}", Point(base.batch, base.size, t)) for t in threads],
+        "view size": [(f"{s} px", Point(base.batch, s, base.threads)) for s in sizes],
+    }
+    if flags.common.data is None:
+        sweeps["JPEG size"] = [
+            (f"{round(500 * scale)} x {round(375 * scale)}", Point(base.batch, base.size, base.threads, scale))
+            for scale in (0.5, 1.0, 2.0)
+        ]
+    measurements: tuple[Measurement, ...] = ()
+    for name, points in sweeps.items():
+        contenders = []
+        for label, p in points:
+            files = images if p.scale == 1.0 else generated(FOLDER, len(images), p.scale)
+            files = first(files, max(len(files), p.batch))
+            source = dali_sources.Views(files, MOCO_V3, p.batch, p.size, p.threads, device)
+            contenders.append(Contender(f"{FULL}, by {name}", label, source))
+        try:
+            measurements += measure(contenders, SWEEP_ROUNDS, flags.seconds / 2, device, progress)
+        finally:
+            _close(contenders)
+    return measurements
+
+
+def _close(contenders: list[Contender]) -> None:
+    for c in contenders:
+        c.source.close()
+
+
+def _plain(flags: Loader) -> dict[str, object]:
+    return {"quick": flags.common.quick, "sweeps": flags.sweeps and not flags.common.quick}
+
+
+def _with_headlines(measurements: tuple[Measurement, ...]) -> tuple[Measurement, ...]:
+    """The README shows the rate of every loader."""
+    return tuple(
+        Measurement(m.group, m.name, m.quantity, m.values, m.better, m.group == LOADERS and m.quantity == RATE)
+        for m in measurements
+    )
+
+
+def _notes(measurements: tuple[Measurement, ...]) -> tuple[str, ...]:
+    """What the numbers do not say by themselves."""
+    rates = {m.name: m.estimate.median for m in measurements if m.group == LOADERS and m.quantity == RATE}
+    best = max((name for name in rates if "DataLoader" in name), key=rates.__getitem__)
+    return (
+        f"{FULL}: {rates[FULL] / rates[best]:.2f} times the rate of {best}.",
+        "Ours are uint8 views, which the model normalises; the others normalise here, as their users do.",
+        "The color_twist graph gives other pictures than Pillow's: another hue, another contrast, one fixed order.",
+    )
+
+
+def draw(result: Result) -> Figure:
+    """The loaders, and below them the sweeps."""
+    groups = result.groups()
+    chart, axes = charts.figure(
+        result, "Two MoCo v3 views from JPEG files", [len(result.of(g)) // 2 for g in groups], columns=2
+    )
+    for row, group in zip(axes, groups, strict=True):
+        for cell, quantity in zip(row, (RATE, CPU), strict=True):
+            members = [m for m in result.of(group) if m.quantity == quantity]
+            better = "more is better" if quantity == RATE else "less is better"
+            charts.bars(cell, members, f"{quantity} ({better})", accent=[m.name for m in members if "dali: " in m.name])
+            cell.set_title(group, fontsize=10, loc="left")
+        row[1].set_yticklabels([])
+    return chart
+
+
+if __name__ == "__main__":
+    sys.exit(run(Loader, measure_loaders, draw))

@@ -1,0 +1,117 @@
+"""The JSON that a benchmark writes: what was measured, on what, how, and every single repeat."""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.measure import Estimate, estimate
+
+SCHEMA = 1
+Better = Literal["higher", "lower", "neither"]
+
+
+class ResultError(ValueError):
+    """A result file that cannot be used: one line that names it and says why."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One quantity of one thing, a value a repeat. `group` is the table it belongs to, `name` its row."""
+
+    group: str
+    name: str
+    quantity: str  # the column, with the unit: "images/s", "CPU-ms/image"
+    values: tuple[float, ...]
+    better: Better
+    headline: bool = False  # belongs into the README's table
+
+    @property
+    def estimate(self) -> Estimate:
+        """Median and interval of the repeats."""
+        return estimate(self.values)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes it the same measurement in another file."""
+        return self.group, self.name, self.quantity
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of one benchmark."""
+
+    benchmark: str  # "loader", "step", "ablation"
+    subject: str  # what of: an architecture, or ""
+    created: str  # UTC, ISO 8601
+    environment: dict[str, Any]
+    configuration: dict[str, Any]
+    warm_up: str
+    measurements: tuple[Measurement, ...]
+    notes: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)  # of each row, where rows differ: workers, threads …
+    gpu: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quick(self) -> bool:
+        """Whether it is a short form, which says that things work and little about their speed."""
+        return bool(self.configuration.get("quick"))
+
+    @property
+    def stem(self) -> str:
+        """Name of its files: the same benchmark on the same hardware replaces the run before."""
+        parts = [self.benchmark, self.subject, self.environment["hardware"], "quick" if self.quick else ""]
+        return "-".join(re.sub(r"[^a-z0-9]+", "_", part.lower()).strip("_") for part in parts if part)
+
+    def groups(self) -> list[str]:
+        """The tables, in order of appearance."""
+        return list(dict.fromkeys(m.group for m in self.measurements))
+
+    def of(self, group: str) -> list[Measurement]:
+        """The measurements of one table."""
+        return [m for m in self.measurements if m.group == group]
+
+    def find(self, group: str, name: str, quantity: str) -> Measurement:
+        """One measurement; KeyError if there is none."""
+        for m in self.measurements:
+            if m.key == (group, name, quantity):
+                return m
+        raise KeyError(f"{self.benchmark} has no {quantity} of {name} in {group}")
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Write `folder`/<stem>.json in one move; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"schema": SCHEMA, **asdict(result)}
+    for row, m in zip(record["measurements"], result.measurements, strict=True):
+        row["estimate"] = asdict(m.estimate)
+    file = folder / f"{result.stem}.json"
+    draft = file.with_suffix(".part")
+    draft.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    draft.replace(file)
+    return file
+
+
+def read(file: Path) -> Result:
+    """Read what `write` wrote.
+
+    Raises:
+        ResultError: no such file, no result of a benchmark, or one of another schema.
+    """
+    try:
+        record = json.loads(file.read_text())
+        schema = record.pop("schema")
+    except OSError as error:
+        raise ResultError(f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ResultError(f"{file} is not the result of a benchmark") from None
+    if schema != SCHEMA:
+        raise ResultError(f"{file} has schema {schema}, this code reads {SCHEMA}; run the benchmark again")
+    try:
+        rows = [{key: value for key, value in row.items() if key != "estimate"} for row in record.pop("measurements")]
+        measurements = tuple(Measurement(**{**row, "values": tuple(row["values"])}) for row in rows)
+        notes = tuple(record.pop("notes"))
+        return Result(**record, measurements=measurements, notes=notes)
+    except (KeyError, TypeError) as error:
+        raise ResultError(f"{file} is not a whole result: {error}") from None

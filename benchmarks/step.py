@@ -1,0 +1,211 @@
+"""Where does a training step spend its time, and how far is it from what the device could do?
+
+    python -m benchmarks.step [--preset vit-s-300ep] [--batch-size 256] [--data DIR] [--trace FILE] [--quick] [--help]
+
+The trainer's own step, on images through its loader and on a batch that stays on the device; the loader alone; and the
+same model stepped in the manner of the reference release.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import charts
+from benchmarks.command import Common, run
+from benchmarks.environment import environment, now
+from benchmarks.generated import describe, first
+from benchmarks.intervals import INTERVALS
+from benchmarks.progress import Progress
+from benchmarks.results import Measurement, Result
+from benchmarks.step_runs import CACHED, LOADER, REAL, REFERENCE, Runs
+from trainer import config as configuration
+from trainer.config import Config, ConfigError
+from trainer.engine import build_model
+from trainer.presets import PRESETS
+
+RATES, SHARES, TIMES = "step", "step on JPEGs: intervals", "step on a cached batch: intervals"
+
+
+@dataclass(frozen=True)
+class Step:
+    """The training step as consecutive intervals."""
+
+    common: Common = field(default_factory=Common)
+    preset: str = ""
+    """Of train_ddp.py (default: vit-s-300ep on a GPU, demo on the CPU)."""
+    batch_size: int | None = None
+    """Images a step (default: 256 on a GPU, 64 on the CPU)."""
+    image_size: int | None = None
+    """Side of the views, in pixels (default: the preset's)."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """As in train_ddp.py."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """As in train_ddp.py."""
+    steps: int | None = None
+    """Steps a round (default: 20 on a GPU, 3 on the CPU)."""
+    reference: bool = True
+    """Also the step in the manner of the reference release."""
+    trace: Path | None = None
+    """Write a trace of a few steps here, for Perfetto or TensorBoard."""
+
+
+def measure_step(flags: Step, device: torch.device, progress: Progress) -> Result:
+    """Run the benchmark."""
+    common, cuda = flags.common, device.type == "cuda"
+    started, env = now(), environment(device)
+    config = training_config(flags, device)
+    batch = config.optim.batch_size
+    steps = 2 if common.quick and not cuda else flags.steps or (20 if cuda else 3)
+    rounds = 3 if common.quick else common.rounds
+    images = common.index(progress)
+    threads = common.workers or min(16, env["cores"])
+
+    progress.say(f"building and warming up {config.model.arch}, batch {batch}, amp {config.run.amp} …")
+    runs = Runs(config, device, first(images, 8 * batch), threads, flags.reference)
+    try:
+        bound = runs.matmul_rate()
+        runs.warm_up(3)
+        runs.measure(rounds, steps, progress)
+        if flags.trace is not None:
+            runs.trace(flags.trace)
+            progress.say(f"trace: {flags.trace}")
+    finally:
+        runs.close()
+    flops = runs.flops()
+    return Result(
+        benchmark="step",
+        subject=config.model.arch if flags.image_size is None else f"{config.model.arch} {flags.image_size}px",
+        created=started,
+        environment=env,
+        configuration={
+            "quick": common.quick,
+            "preset": flags.preset or default_preset(device),
+            **{key: value for key, value in config.flags().items() if key not in ("data", "out", "resume")},
+            "rounds": rounds,
+            "steps": steps,
+            "workers": threads,
+            "data": "generated" if common.data is None else common.data.name,
+            "files": describe(images),
+            "gflop_per_image": round(flops / batch / 1e9, 3),
+            "matmul": {"dtype": str(runs.matmul_dtype).removeprefix("torch."), "tflops": round(bound / 1e12, 3)},
+        },
+        warm_up="3 steps of each kind, compilation included",
+        measurements=tuple(_measurements(runs, rounds, batch, flops, bound)),
+        notes=tuple(_notes(runs)),
+        settings={REFERENCE: runs.reference_settings} if runs.reference is not None else {},
+    )
+
+
+def default_preset(device: torch.device) -> str:
+    """What fits the device."""
+    return "vit-s-300ep" if device.type == "cuda" else "demo"
+
+
+def training_config(flags: Step, device: torch.device) -> Config:
+    """The trainer's configuration that is measured, with nothing left at `auto`.
+
+    Raises:
+        ConfigError: the preset is not known, or a value cannot work.
+    """
+    name = flags.preset or default_preset(device)
+    if name not in PRESETS:
+        raise ConfigError(f"--preset {name} is not known; choose from: {', '.join(PRESETS)}")
+    if flags.steps is not None and flags.steps < 1:
+        raise ConfigError(f"--steps {flags.steps} is too small; use 1 or more")
+    cuda = device.type == "cuda"
+    batch = flags.batch_size or (256 if cuda else 16 if flags.common.quick else 64)
+    amp: str = flags.amp
+    if amp == "auto":
+        amp = "off" if not cuda else "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    config = configuration.replace(
+        PRESETS[name](),
+        data=Path("unused"),
+        out=Path("unused"),
+        device=device.type,
+        batch_size=batch,
+        # The schedule's length is no part of the measurement, and its end must not come.
+        epochs=1_000_000,
+        amp=amp,
+        compile=("on" if cuda else "off") if flags.compile == "auto" else flags.compile,
+    )
+    if flags.image_size is not None:
+        config = configuration.replace(config, image_size=flags.image_size)
+    config.check(world_size=1)
+    try:
+        with torch.device("meta"):
+            build_model(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return config
+
+
+def _measurements(runs: Runs, rounds: int, batch: int, flops: float, bound: float) -> Iterator[Measurement]:
+    for kind in runs.kinds:
+        milliseconds = runs.milliseconds[kind]
+        rate = tuple(1000 * batch / ms for ms in milliseconds)
+        headline = kind != LOADER
+        yield Measurement(RATES, kind, "images/s", rate, "higher", headline)
+        yield Measurement(RATES, kind, "ms/step", tuple(milliseconds), "lower")
+        if kind != LOADER:
+            share = tuple(100 * flops / (ms / 1000) / bound for ms in milliseconds)
+            yield Measurement(RATES, kind, "% of measured matmul rate (MFU)", share, "higher")
+        if kind in runs.peak_gb:
+            yield Measurement(RATES, kind, "peak memory, GB", (runs.peak_gb[kind],), "lower")
+    for group, kind in ((SHARES, REAL), (TIMES, CACHED)):
+        for name in INTERVALS:
+            values = tuple(fmean(step[name] for step in turn) for turn in runs.intervals[kind])
+            total = [sum(fmean(step[each] for step in turn) for each in INTERVALS) for turn in runs.intervals[kind]]
+            shares = tuple(100 * value / whole for value, whole in zip(values, total, strict=True))
+            yield Measurement(group, name, "ms", values, "lower")
+            yield Measurement(group, name, "% of step", shares, "neither")
+
+
+def _notes(runs: Runs) -> Iterator[str]:
+    """What follows from the medians."""
+    real, cached, loader = (runs.median(kind) for kind in (REAL, CACHED, LOADER))
+    yield f"On JPEGs a step takes {real / cached:.2f} times as long as on a cached batch."
+    hidden = min(1.0, max(0.0, (loader + cached - real) / loader))
+    yield (
+        f"The loader alone needs {loader:.1f} ms a batch; {hidden:.0%} of it is hidden behind the step."
+        + ("" if runs.device.type == "cuda" else " Here both use the same cores.")
+    )
+    if REFERENCE in runs.kinds:
+        times = runs.median(REFERENCE) / cached
+        yield f"On a cached batch our step is {times:.2f} times as fast as the reference-style step."
+    if runs.left_out:
+        yield runs.left_out
+    if runs.device.type == "cpu":
+        yield "Peak memory is read on GPUs only."
+    yield "One rank: gather is a no-op, and nothing is averaged between ranks."
+
+
+def draw(result: Result) -> Figure:
+    """Rates above; below, the intervals of both steps."""
+    chart, axes = charts.figure(
+        result,
+        f"Training step, {result.subject}, batch {result.configuration['batch_size']}, "
+        f"{result.configuration['image_size']} px",
+        [len({m.name for m in result.of(RATES)}), len(INTERVALS)],
+        columns=2,
+    )
+    rates = [m for m in result.of(RATES) if m.quantity == "images/s"]
+    mfu = [m for m in result.of(RATES) if "MFU" in m.quantity]
+    charts.bars(axes[0][0], rates, "source images/s (more is better)", accent=[REAL, CACHED])
+    matmul = result.configuration["matmul"]
+    charts.bars(axes[0][1], mfu, f"% of the {matmul['tflops']:.3g} TFLOP/s of a {matmul['dtype']} matmul, measured")
+    axes[0][1].set_title("model FLOPs utilisation", fontsize=10, loc="left")
+    for cell, group in zip(axes[1], (SHARES, TIMES), strict=True):
+        members = [m for m in result.of(group) if m.quantity == "ms"]
+        charts.bars(cell, members, "ms a step", accent=["data wait"])
+        cell.set_title(group, fontsize=10, loc="left")
+    return chart
+
+
+if __name__ == "__main__":
+    sys.exit(run(Step, measure_step, draw))

@@ -1,0 +1,191 @@
+"""The kinds of step that are compared, run in turns: on JPEGs, on a cached batch, the loader alone, reference style."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import flops
+from benchmarks.clocks import finish, wait_until_idle
+from benchmarks.intervals import StepClock, watched
+from benchmarks.measure import estimate
+from benchmarks.progress import Progress
+from benchmarks.reference_step import ReferenceStep
+from dali_pipes import Batch, DatasetIndex
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.engine import Engine, build_model
+
+REAL, CACHED = "step on JPEGs", "step on a cached batch"
+LOADER, REFERENCE = "loader alone", "reference-style step, cached batch"
+QUEUE = 3  # batches that the loader may hold ready: taken out before a timed stretch
+
+
+class Runs:
+    """One engine and its yardsticks on one device; results a round, in milliseconds a step."""
+
+    def __init__(
+        self, config: Config, device: torch.device, index: DatasetIndex, threads: int, reference: bool
+    ) -> None:
+        self.config, self.device = config, device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self.engine = Engine(config, World(), device, index, build_model(config), threads)
+        self.batches = _endless(self.engine)
+        self.cached: tuple[Tensor, ...] = next(self.batches).views
+        self.clock = StepClock(device)
+        self.kinds = [REAL, CACHED, LOADER]
+        self.milliseconds: dict[str, list[float]] = {}
+        self.intervals: dict[str, list[list[dict[str, float]]]] = {REAL: [], CACHED: []}
+        self.peak_gb: dict[str, float] = {}
+        self.left_out = ""
+        self.reference: ReferenceStep | None = None
+        if reference:
+            self._add_reference()
+
+    def _add_reference(self) -> None:
+        """Its own model beside the engine's; a GPU that cannot hold both goes without."""
+        normalise = self.engine.model.normalize
+        try:
+            with torch.no_grad():
+                self._reference_views = [normalise(view).float().contiguous() for view in self.cached]
+            self.reference = ReferenceStep(self.config, self.device)
+            self.kinds.append(REFERENCE)
+        except torch.OutOfMemoryError:
+            self._drop_reference()
+
+    def _drop_reference(self) -> None:
+        self.reference, self._reference_views = None, []
+        self.kinds = [kind for kind in self.kinds if kind != REFERENCE]
+        self.left_out = f"{REFERENCE}: left out, the GPU has no memory for it beside our step; lower --batch-size."
+
+    @property
+    def reference_settings(self) -> dict[str, Any]:
+        """What the reference-style step does differently."""
+        return {
+            "compile": False,
+            "amp": "fp16, loss scaler" if self.device.type == "cuda" else "off",
+            "memory_format": "contiguous",
+            "moving_average": "a Python loop over parameters",
+            "optimizer": type(self.reference.optimizer).__name__ if self.reference else "",
+            "host_waits_per_step": 2 if self.device.type == "cuda" else 0,
+        }
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """What the engine multiplies in."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.run.amp, torch.float32)
+
+    def matmul_rate(self) -> float:
+        """FLOP/s of the best repeat: others on the machine can only lower it."""
+        return max(flops.matmul_rate(self.device, self.matmul_dtype))
+
+    def flops(self) -> float:
+        """Of one step."""
+        return flops.step_flops(self.config, self.config.optim.batch_size)
+
+    def warm_up(self, steps: int) -> None:
+        """Run every kind: compilation, autotuning, allocator, and the optimizers' state."""
+        for kind in list(self.kinds):
+            others = self._others_bytes(kind)
+            try:
+                self._stretch(kind, steps)
+            except torch.OutOfMemoryError:
+                if kind != REFERENCE:
+                    raise
+                self._drop_reference()
+                torch.cuda.empty_cache()
+                continue
+            if self.device.type == "cuda" and kind != LOADER:
+                self.peak_gb[kind] = (torch.cuda.max_memory_allocated(self.device) - others) / 1e9
+
+    def _others_bytes(self, kind: str) -> int:
+        """What lies on the card and does not belong to this kind's step; its peak starts anew from here."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats(self.device)
+        owner = self.reference if kind == REFERENCE else self.engine
+        assert owner is not None
+        return torch.cuda.memory_allocated(self.device) - _bytes(owner.model, owner.optimizer)
+
+    def measure(self, rounds: int, steps: int, progress: Progress) -> None:
+        """`rounds` times every kind in turn, `steps` steps each."""
+        self.milliseconds = {kind: [] for kind in self.kinds}
+        progress.expect(rounds * len(self.kinds))
+        for turn in range(rounds):
+            for kind in self.kinds:
+                progress.part(f"{kind}: round {turn + 1} of {rounds}")
+                wait_until_idle(self.device)
+                self.milliseconds[kind].append(self._stretch(kind, steps))
+                if kind in self.intervals:
+                    self.intervals[kind].append(self.clock.read())
+
+    def median(self, kind: str) -> float:
+        """Milliseconds a step."""
+        return estimate(self.milliseconds[kind]).median
+
+    def _stretch(self, kind: str, steps: int) -> float:
+        """Mean milliseconds of consecutive steps of one kind."""
+        if kind in (REAL, CACHED):
+            with watched(self.engine, self.clock):
+                return self._timed(self._real if kind == REAL else self._cached, steps, warm=QUEUE * (kind == REAL))
+        if kind == LOADER:
+            return self._timed(lambda: next(self.batches), steps, warm=QUEUE)
+        reference, (x1, x2) = self.reference, self._reference_views
+        assert reference is not None
+        return self._timed(lambda: reference.train_step(x1, x2), steps)
+
+    def _timed(self, step: Callable[[], Any], steps: int, warm: int = 0) -> float:
+        for _ in range(warm):
+            next(self.batches)
+        self.clock.read()
+        finish(self.device)
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        finish(self.device)
+        return 1000 * (time.perf_counter() - started) / steps
+
+    def _real(self) -> None:
+        self.clock.begin()
+        batch = next(self.batches)
+        self.clock.switch("prepare")
+        self.engine.train_step(batch.views)
+        self.clock.end()
+
+    def _cached(self) -> None:
+        self.clock.begin()
+        self.clock.switch("prepare")
+        self.engine.train_step(self.cached)
+        self.clock.end()
+
+    def trace(self, file: Path, steps: int = 3) -> None:
+        """Write torch.profiler's trace of steps on JPEGs, with ranges named as the intervals (NVTX on CUDA, too)."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.clock = StepClock(self.device, ranges=True)
+        with torch.profiler.profile(activities=activities) as profiler:
+            self._stretch(REAL, steps)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(file))
+
+    def close(self) -> None:
+        """Free the loader's pipeline."""
+        self.engine.loader.close()
+
+
+def _endless(engine: Engine) -> Iterator[Batch]:
+    while True:
+        yield from engine.loader
+
+
+def _bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of all tensors that stay between steps: parameters, buffers, gradients, the optimizer's state."""
+    parameters = list(model.parameters())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, Tensor)]
+    return sum(t.numel() * t.element_size() for t in (*parameters, *model.buffers(), *gradients, *state))

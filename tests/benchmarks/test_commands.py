@@ -1,0 +1,105 @@
+"""The three benchmarks as commands, as small as they go: what they write holds together; wrong use is one line."""
+
+from math import isfinite
+from typing import Any
+
+import pytest
+
+from benchmarks import ablation, loader, results, step
+from benchmarks.command import run
+
+# Typed loosely: `run` is called with whichever of them a test is about.
+LOADER: Any = (loader.Loader, loader.measure_loaders, loader.draw)
+STEP: Any = (step.Step, step.measure_step, step.draw)
+ABLATION: Any = (ablation.Ablation, ablation.measure_ablation, ablation.draw)
+SMALL = ["--device", "cpu", "--workers", "1", "--batch-size", "2", "--image-size", "32", "--rounds", "2"]
+
+
+@pytest.fixture
+def result_of(tree, tmp_path, capsys):
+    """Run a benchmark on small images; gives its result back, read from the file, and checks what all must hold."""
+
+    def call(benchmark, *flags):
+        code = run(*benchmark, [*SMALL, "--data", str(tree), "--out", str(tmp_path), *flags])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        (file,) = tmp_path.glob("*.json")
+        assert file.with_suffix(".png").stat().st_size > 10_000
+        result = results.read(file)
+        assert result.configuration["rounds"] == 2
+        assert result.environment["versions"]["torch"]
+        assert result.gpu["available"] is False
+        assert "the benchmark ran on the CPU" in printed.out
+        assert all(isfinite(value) for m in result.measurements for value in m.values)
+        assert len({m.key for m in result.measurements}) == len(result.measurements)
+        assert "round 1 of 2" in printed.err
+        return result
+
+    return call
+
+
+def test_loader(result_of):
+    result = result_of(LOADER, "--seconds", "0.01", "--no-sweeps")
+    rates = {m.name: m.values for m in result.of("loader") if m.quantity == "images/s"}
+    assert len(rates) == 6
+    assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
+    assert rates.keys() == result.settings.keys()
+    assert all("batch" in settings for settings in result.settings.values())
+
+
+def test_ablation_costs_are_differences_of_the_same_round(result_of):
+    result = result_of(ABLATION, "--seconds", "0.01", "--no-per-view")
+    whole = result.find("both views", "all on", "CPU-ms/image").values
+    less = result.find("both views", "without blur", "CPU-ms/image").values
+    cost = result.find("both views: saved by leaving out", "blur", "CPU-ms/image").values
+    assert cost == tuple(a - b for a, b in zip(whole, less, strict=True))
+    assert {m.name for m in result.of("both views: added to the crops")} == set(ablation.AUGMENTATIONS)
+    assert len(result.notes) == 1
+
+
+def test_step_intervals_sum_to_the_step(result_of, tmp_path):
+    trace = tmp_path / "traces" / "trace.json"
+    result = result_of(STEP, "--steps", "2", "--trace", str(trace))
+    assert result.subject == "vit_conv_small 32px"
+    shares = [m for m in result.of(step.SHARES) if m.quantity == "% of step"]
+    for turn in range(2):
+        assert sum(m.values[turn] for m in shares) == pytest.approx(100)
+    parts = [m for m in result.of(step.SHARES) if m.quantity == "ms"]
+    whole = result.find(step.RATES, "step on JPEGs", "ms/step").values
+    for turn in range(2):
+        assert sum(m.values[turn] for m in parts) <= whole[turn]
+    rate = result.find(step.RATES, "step on JPEGs", "images/s").values
+    assert rate == pytest.approx([1000 * 2 / ms for ms in whole])
+    assert '"forward q"' in trace.read_text()
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "said"),
+    [
+        (LOADER, ["--rounds", "0"], "--rounds 0"),
+        (LOADER, ["--data", "nowhere"], "nowhere"),
+        (LOADER, ["--image-size", "0"], "--image-size"),
+        (ABLATION, ["--workers", "-1"], "--workers -1"),
+        (STEP, ["--preset", "vit-x"], "vit-x"),
+        (STEP, ["--image-size", "33"], "33"),
+        (STEP, ["--batch-size", "1"], "--batch-size 1"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(benchmark, flags, said, tree, tmp_path, capsys):
+    chosen = ["--device", "cpu", "--out", str(tmp_path), *flags]
+    assert run(*benchmark, [*chosen, *([] if "--data" in flags else ["--data", str(tree)])]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ablation_knows_what_a_recipe_uses():
+    recipe = ablation.MOCO_V3
+    assert ablation.used(recipe) == list(ablation.AUGMENTATIONS)
+    # View 1 never solarizes, and so has nothing to leave out.
+    assert "solarize" not in ablation.used(ablation.Recipe(recipe.views[:1]))
+    assert [view.blur for view in ablation.off(recipe, "blur").views] == [0.0, 0.0]
+    only = ablation.alone(recipe, "blur").views
+    assert [view.blur for view in only] == [view.blur for view in recipe.views]
+    assert all(view.jitter == view.grayscale == view.solarize == view.flip == 0 for view in only)

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from dali_pipes import DatasetError, DatasetIndex
+from tests.dali_pipes.odd_files import BAD, GOOD, encoded, picture, write_odd_files
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three classes; nested folders, a link, other files, upper case, a loose image."""
+    root = tmp_path / "tree"
+    names = ["b/2.jpg", "b/10.jpg", "b/deep/er/1.PNG", "a/x.JPEG", "a/y.jpg", "B/z.webp", "loose.jpg"]
+    for seed, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = {"PNG": "PNG", "webp": "WEBP"}.get(name.rsplit(".")[-1], "JPEG")
+        path.write_bytes(encoded(picture(seed, 40 + seed, 50), kind))
+    (root / "a" / "notes.txt").write_text("no image by its name")
+    (root / "a" / "linked").symlink_to("../b/deep")
+    return root
+
+
+def test_classes_and_rows_are_those_of_image_folder(tree):
+    index, folder = DatasetIndex.scan(tree), ImageFolder(str(tree))
+    assert list(index.classes) == folder.classes == ["B", "a", "b"]
+    assert list(zip(index.paths, index.labels.tolist(), strict=True)) == folder.samples
+    assert len(index) == 7  # six files, one of them reached by two ways; the loose one belongs to no class
+
+
+def test_sizes_are_those_of_the_files(tree):
+    index = DatasetIndex.scan(tree)
+    sizes = [Image.open(path).size for path in index.paths]
+    assert list(zip(index.widths.tolist(), index.heights.tolist(), strict=True)) == sizes
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+def test_odd_files(tmp_path, pictures, level):
+    write_odd_files(tmp_path / "odd", pictures[0])
+    index = DatasetIndex.scan(tmp_path, level=level)
+    assert [name.split("/")[1] for name in index.names] == sorted(GOOD)
+    reasons = {path.rsplit("/")[-1]: reason for path, reason in index.rejected}
+    assert reasons.keys() == BAD.keys()
+    for name, expected in BAD.items():
+        assert expected in reasons[name], (name, reasons[name])
+    at = index.names.index("odd/exif_rotated.jpg")
+    assert (index.widths[at], index.heights[at]) == pictures[0].size
+
+
+def test_full_level_finds_damage_inside(tmp_path, pictures):
+    png = bytearray(encoded(pictures[0], "PNG"))
+    png[len(png) // 2] ^= 0xFF
+    (tmp_path / "damaged.png").write_bytes(png)
+    (tmp_path / "good.jpg").write_bytes(encoded(pictures[0], "JPEG"))
+    assert len(DatasetIndex.scan(tmp_path)) == 2
+    assert DatasetIndex.scan(tmp_path, level="full").names == ["good.jpg"]
+
+
+def test_unreadable_and_missing_files_are_set_aside(tree):
+    (tree / "a" / "dangling.jpg").symlink_to(tree / "nowhere.jpg")
+    ((path, reason),) = DatasetIndex.scan(tree).rejected
+    assert path.endswith("dangling.jpg")
+    assert "No such file" in reason
+
+
+def test_too_many_pixels(tmp_path):
+    (tmp_path / "good.png").write_bytes(encoded(picture(0), "PNG"))
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    Image.new("1", (20_000, 9_000)).save(tmp_path / "larger.png")
+    index = DatasetIndex.scan(tmp_path)
+    assert index.names == ["good.png"]
+    assert "10000 x 9000 is over the limit" in index.rejected[0][1]
+    assert "exceeds limit" in index.rejected[1][1]
+
+
+def test_a_flat_folder_has_no_classes(photos):
+    assert photos.classes == ()
+    assert len(photos) == 12
+    assert not photos.labels.any()
+
+
+def test_saved_and_loaded(tree, tmp_path):
+    (tree / "a" / "bad.jpg").write_bytes(b"")
+    (tree / "a" / "n\udcffme.jpg").write_bytes(encoded(picture(9), "JPEG"))  # a byte that is no UTF-8
+    index = DatasetIndex.scan(tree)
+    index.save(tmp_path / "index.npz")
+    again = DatasetIndex.load(tmp_path / "index.npz")
+    for name in ("paths", "classes", "rejected", "fingerprint"):
+        assert getattr(again, name) == getattr(index, name)
+    for name in ("labels", "widths", "heights"):
+        assert np.array_equal(getattr(again, name), getattr(index, name))
+    assert len(again.rejected) == 1
+
+    moved = tree.rename(tmp_path / "moved")
+    there = DatasetIndex.load(tmp_path / "index.npz", tree=moved)
+    assert there.fingerprint == index.fingerprint
+    assert there.paths == DatasetIndex.scan(moved).paths
+
+
+def test_fingerprint_is_of_rows_and_their_order(tree):
+    index = DatasetIndex.scan(tree)
+    columns = {"names": index.names, "labels": index.labels, "widths": index.widths, "heights": index.heights}
+
+    def fingerprint(**changed):
+        return DatasetIndex(tree=tree, classes=index.classes, rejected=[], **{**columns, **changed}).fingerprint
+
+    assert fingerprint() == index.fingerprint
+    assert fingerprint(names=index.names[::-1]) != index.fingerprint
+    assert fingerprint(labels=index.labels + 1) != index.fingerprint
+    assert fingerprint(widths=index.heights, heights=index.widths) != index.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "no such folder"),
+        (lambda root: root.write_text("x"), "is a file; give the folder"),
+        (lambda root: root.mkdir(), "no images in it"),
+        (lambda root: (root.mkdir(), (root / "a.jpg").write_text("x")), "none of 1 images can be read; .*not an image"),
+    ],
+)
+def test_a_tree_that_cannot_be_used_is_one_clear_line(tmp_path, make, message):
+    root = tmp_path / "tree"
+    make(root)
+    with pytest.raises(DatasetError, match=message) as error:
+        DatasetIndex.scan(root)
+    assert str(root) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_index(tmp_path):
+    (tmp_path / "index.npz").write_bytes(b"PK nothing")
+    with pytest.raises(DatasetError, match="is not a dataset index; scan the images again"):
+        DatasetIndex.load(tmp_path / "index.npz")
+    with pytest.raises(DatasetError, match="no such index"):
+        DatasetIndex.load(tmp_path / "none.npz")

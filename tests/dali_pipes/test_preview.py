@@ -1,0 +1,32 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dali_pipes import MOCO_V3, preview, sample_params
+
+
+def test_picture_of_a_folder(tmp_path, photos, capsys):
+    out = tmp_path / "views.png"
+    preview.main(Path(photos.tree), out, count=3, image_size=32)
+    assert "3 of 12 images" in capsys.readouterr().out
+    with Image.open(out) as image:
+        assert image.width > 1000
+        assert np.asarray(image.convert("L")).std() > 20
+
+
+def test_titles_say_what_was_applied():
+    p = sample_params(MOCO_V3.views[1], 1, 7, 3, [0, 1, 1_281_166], [375, 500, 40], [500, 375, 1200])
+    assert preview.applied(p, 0) == "brightness 1.05, saturation 0.96\ncontrast 0.92, hue -0.10\nflip"
+    p.jitter[1] = False
+    p.blur[1] = p.solarize[1] = True
+    assert preview.applied(p, 1) == "blur 1.27, solarize"
+
+
+def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "dali_pipes.preview", "--data", str(tmp_path / "none"), "--out", "views.png"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'none'}: no such folder\n"

@@ -1,0 +1,65 @@
+"""Encoders and predictor compiled as one graph each, under DDP with global batch norm, equal to eager."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from model import LARS, MoCoV3
+from tests.ranks import run_on_ranks
+
+ARCHES = {
+    "vit_conv_small": {"embed_dim": 32, "depth": 1, "num_heads": 2},
+    "resnet18": {"width_per_group": 64},
+}
+PARTS = ("base_encoder", "momentum_encoder", "predictor", "normalize")
+
+
+def two_steps(model, backend):
+    """Losses, gradients of the second step, state after two optimizer steps, graphs compiled by the end of each."""
+    if backend is not None:
+        for part in PARTS:
+            getattr(model, part).compile(fullgraph=True, dynamic=False, backend=backend)
+    ddp = DistributedDataParallel(model)
+    optimizer = LARS(model.parameters(), lr=1.0)
+    losses, graphs = [], []
+    for step in range(2):
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        x1, x2 = (torch.randint(0, 256, (3, 3, 32, 32), generator=generator, dtype=torch.uint8) for _ in range(2))
+        loss = ddp(x1, x2, momentum=0.9 + 0.01 * step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return (losses, gradients, model.state_dict()), graphs
+
+
+def compare_on_rank(arch, backend):
+    # DDP's optimizer cuts graphs at bucket boundaries, which a full graph does not allow.
+    torch._dynamo.config.optimize_ddp = False
+    torch.manual_seed(0)
+    model = MoCoV3.build(arch, dim=8, mlp_dim=16, image_size=32, sync_bn=True, backbone=ARCHES[arch]).double()
+    eager, _ = two_steps(copy.deepcopy(model), None)
+    compiled, graphs = two_steps(model, backend)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-8)
+    return compiled[0], graphs
+
+
+@pytest.mark.parametrize(
+    ("arch", "backend"),
+    [
+        ("vit_conv_small", "aot_eager"),
+        pytest.param("vit_conv_small", "inductor", marks=pytest.mark.slow),
+        pytest.param("resnet18", "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_ranks_equal_eager_ones(arch, backend, tmp_path):
+    ranks = run_on_ranks(compare_on_rank, arch, backend, folder=tmp_path, timeout=400)
+    assert ranks[0][0] != ranks[1][0]
+    # One graph a part, but two for the normalisation, which runs with and without gradient; the second step, with
+    # another momentum, needs no new one.
+    assert [graphs for _, graphs in ranks] == [[len(PARTS) + 1] * 2] * 2
