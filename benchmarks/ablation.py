@@ -24,7 +24,7 @@ from benchmarks.results import Measurement, Result
 from benchmarks.source import Contender
 from benchmarks.tables import number, spread
 from benchmarks.throughput import CPU, RATE, measure
-from dali_pipes import MOCO_V3, DatasetIndex, Recipe, ViewSpec
+from dali_pipes import MOCO_V3, Recipe, ViewSpec
 from trainer.config import ConfigError
 
 AUGMENTATIONS = ("jitter", "grayscale", "blur", "solarize", "flip")
@@ -42,7 +42,7 @@ class Ablation:
     """Images a batch (default: 256 on a GPU, 32 on the CPU)."""
     image_size: int = 224
     """Side of the views, in pixels."""
-    seconds: float = 0.5
+    seconds: float = 0.3
     """At least so long does one window last."""
     per_view: bool = True
     """Also each view by itself."""
@@ -66,12 +66,15 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
     measurements: list[Measurement] = []
     notes: list[str] = []
     for group, recipe in recipes.items():
-        variants = _variants(recipe, each_alone=group == BOTH)
-        taken = _measure(group, variants, images, batch, flags.image_size, threads, device, rounds, seconds, progress)
+        contenders = [
+            Contender(group, name, Views(images, variant, batch, flags.image_size, threads, device))
+            for name, variant in _variants(recipe, each_alone=group == BOTH).items()
+        ]
+        taken = measure(contenders, rounds, seconds, device, progress)
         runs = _in_milliseconds(taken)
         costs = list(_costs(group, runs, headline=group == BOTH))
         measurements += [*runs.values(), *costs]
-        notes.append(explanation(group, runs))
+        notes.append(explanation(group, runs, WALL if device.type == "cuda" else CPU))
     return Result(
         benchmark="ablation",
         subject="",
@@ -123,28 +126,6 @@ def _variants(recipe: Recipe, each_alone: bool) -> dict[str, Recipe]:
     return variants
 
 
-def _measure(
-    group: str,
-    variants: Mapping[str, Recipe],
-    images: DatasetIndex,
-    batch: int,
-    size: int,
-    threads: int,
-    device: torch.device,
-    rounds: int,
-    seconds: float,
-    progress: Progress,
-) -> tuple[Measurement, ...]:
-    contenders = [
-        Contender(group, name, Views(images, recipe, batch, size, threads, device)) for name, recipe in variants.items()
-    ]
-    try:
-        return measure(contenders, rounds, seconds, device, progress)
-    finally:
-        for c in contenders:
-            c.source.close()
-
-
 def _in_milliseconds(taken: Sequence[Measurement]) -> dict[tuple[str, str], Measurement]:
     """By (variant, quantity), with times instead of rates, since times of parts add up."""
     runs = {}
@@ -168,30 +149,30 @@ def _costs(group: str, runs: Mapping[tuple[str, str], Measurement], headline: bo
             yield Measurement(f"{group}: added to the crops", augmentation, quantity, cost, "lower")
 
 
-def explanation(group: str, runs: Mapping[tuple[str, str], Measurement]) -> str:
-    """Whether the crops and the parts make the whole: the rest of each round's CPU time, with its interval."""
-    cpu = {name: m.values for (name, quantity), m in runs.items() if quantity == CPU}
-    whole, crops = cpu[ALL], cpu[NONE]
-    rests = {}
-    for kind, text in (("without ", "what leaving each one out saves"), ("only ", "what each one adds alone")):
-        runs_of_kind = [values for name, values in cpu.items() if name.startswith(kind)]
-        if runs_of_kind:
-            left_out = kind == "without "
-            parts = [differences(whole, v) if left_out else differences(v, crops) for v in runs_of_kind]
-            rests[text] = estimate([a - c - sum(p) for a, c, *p in zip(whole, crops, *parts, strict=True)])
-    return f"{group}: all on is {number(estimate(whole).median)} CPU-ms/image. " + " ".join(
-        f"The crops ({number(estimate(crops).median)}) and {text} leave {spread(rest)} of it: {_verdict(rest)}."
-        for text, rest in rests.items()
-    )
+def explanation(group: str, runs: Mapping[tuple[str, str], Measurement], quantity: str) -> str:
+    """Whether the crops and the parts make the whole: what they leave of each round, with its interval."""
+    times = {name: m.values for (name, q), m in runs.items() if q == quantity}
+    whole, crops = times[ALL], times[NONE]
+    counts = {
+        "what leaving each one out saves": [
+            differences(whole, v) for n, v in times.items() if n.startswith("without ")
+        ],
+        "what each one adds alone": [differences(v, crops) for n, v in times.items() if n.startswith("only ")],
+    }
+    sentences = [f"{group}: all on is {number(estimate(whole).median)} {quantity}."]
+    for count, parts in counts.items():
+        if parts:
+            rest = estimate([a - c - sum(p) for a, c, *p in zip(whole, crops, *parts, strict=True)])
+            base = number(estimate(crops).median)
+            sentences.append(f"The crops ({base}) and {count} leave {spread(rest)} of it: {_verdict(rest)}.")
+    return " ".join(sentences)
 
 
 def _verdict(rest: Estimate) -> str:
-    """What a rest means. Its causes are not measured here, so none is named as certain."""
+    """What a rest means. Its causes are not measured here, so none is named."""
     if rest.low <= 0 <= rest.high:
         return "nothing, within the spread"
-    if rest.median > 0:
-        return "work that the augmentations share, which goes only with the last of them"
-    return "an augmentation costs more among the others than by this count"
+    return f"together they cost {'more' if rest.median > 0 else 'less'} than by this count"
 
 
 def draw(result: Result) -> Figure:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks import gpu, results, tables
+from benchmarks.environment import busy
 from benchmarks.generated import FOLDER, first, generated
 from benchmarks.gpu import GpuSampler
 from benchmarks.progress import Progress
@@ -81,18 +82,26 @@ def run(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a benchmark's command line; returns the exit code: 0 done, 2 wrong use. tyro exits by itself on --help."""
-    config = tyro.cli(flags, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     name = flags.__name__.lower()
+    prog = f"python -m benchmarks.{name}"
+    config = tyro.cli(flags, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     progress = Progress(name)
     try:
         config.common.check()
         device = config.common.chosen_device()
         with GpuSampler(device) as sampler:
-            result = measure(config, device, progress)
+            try:
+                result = measure(config, device, progress)
+            finally:
+                progress.clear()
     except (ConfigError, DatasetError, ResultError, OSError) as error:
         print(f"benchmarks.{name}: error: {error}", file=sys.stderr)
         return 2
-    result = replace(result, gpu=sampler.summary())
+    except torch.OutOfMemoryError:
+        print(f"benchmarks.{name}: error: the GPU is out of memory; use a smaller --batch-size", file=sys.stderr)
+        return 2
+    shared = busy(result.environment)
+    result = replace(result, gpu=sampler.summary(), notes=(*result.notes, *([shared] if shared else [])))
     file = results.write(result, config.common.out)
     draw(result).savefig(file.with_suffix(".png"), dpi=120)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)

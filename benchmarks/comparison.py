@@ -10,6 +10,7 @@ from math import comb, exp, log
 from statistics import median
 from typing import Literal
 
+from benchmarks.environment import busy
 from benchmarks.results import Better, Measurement, Result
 
 CONFIDENCE = 0.95  # asked for; four repeats against four reach it, three against three reach 90 %
@@ -113,4 +114,5 @@ def unlike(old: Result, new: Result) -> list[str]:
         for key in keys
         if key not in ("matmul", "gflop_per_image") and old.configuration.get(key) != new.configuration.get(key)
     ]
+    reasons += [f"{age} one: {busy(r.environment)}" for age, r in (("old", old), ("new", new)) if busy(r.environment)]
     return reasons

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+BUSY_SHARE = 0.5  # load a core from which on a machine counts as shared
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "numpy", "pillow")
 
@@ -38,6 +39,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         **commit(),
     }
+
+
+def busy(facts: dict[str, Any]) -> str:
+    """A sentence if others used the machine when the benchmark started, else nothing."""
+    if facts["load"] < BUSY_SHARE * facts["cores"]:
+        return ""
+    load = f"load {facts['load']} on {facts['cores']} cores at the start"
+    return f"The machine was busy: {load}; these numbers are not its best."
 
 
 def now() -> str:

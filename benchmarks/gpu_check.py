@@ -75,7 +75,7 @@ class Outcome:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    flags = tyro.cli(GpuCheck, args=argv)
+    flags = tyro.cli(GpuCheck, prog="python -m benchmarks.gpu_check", args=argv)
     try:
         device = choose_device(flags.device, World())
         flags.out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     """Everything to run, what matters most first."""
     cpu = flags.device == "cpu"
     common = ["--quick", "--device", flags.device, "--images", str(flags.images), "--out", str(scratch)]
-    small = ["--batch-size", "4", "--image-size", "64"] if cpu else []
+    small = ["--batch-size", "2", "--image-size", "32"] if cpu else []
     # The trainer takes a folder as the user has it; made here, so that its own part does not pay for it.
     tree = generated(FOLDER, flags.images).tree
     steps = 10 if cpu else 200
@@ -113,7 +113,7 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     # A schedule that gets to work within so few steps.
     training += ["--epochs", "100", "--warmup-epochs", "5"]
     found = [
-        Part("GPU tests", ["-m", "pytest", "-m", "gpu", "-q", "-rf"], 240, tests_passed),
+        Part("GPU tests", ["-m", "pytest", "-m", "gpu", "-rf"], 240, passed),
         Part(f"{steps} training steps", training, 150, partial(trained, scratch / "run", steps)),
     ]
     for arch, preset in PRESETS.items():
@@ -125,7 +125,7 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     return found
 
 
-def tests_passed(output: str) -> dict[str, Any]:
+def passed(output: str) -> dict[str, Any]:
     """Counts of pytest's last line.
 
     Raises:

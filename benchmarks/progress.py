@@ -30,12 +30,21 @@ class Progress:
         line = f"{self._name} {self._done + 1}/{self._total} {text}{eta}"
         self._done += 1
         if self._console.is_terminal:
-            self._console.print(line[: self._console.width - 1], end="\r", markup=False)
-            self._console.file.write("\x1b[K")
+            self._rewrite(line[: self._console.width - 1])
         elif now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now
             self._console.print(line, markup=False)
 
     def say(self, line: str) -> None:
         """A line that stays."""
+        self.clear()
         self._console.print(line, markup=False)
+
+    def clear(self) -> None:
+        """Take the live line away."""
+        if self._console.is_terminal:
+            self._rewrite("")
+
+    def _rewrite(self, line: str) -> None:
+        self._console.file.write(f"\r\x1b[K{line}")
+        self._console.file.flush()

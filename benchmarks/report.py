@@ -36,7 +36,7 @@ class Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 wrong use."""
-    flags = tyro.cli(Report, args=argv)
+    flags = tyro.cli(Report, prog="python -m benchmarks.report", args=argv)
     try:
         if flags.compare is not None:
             old, new = (results.read(file) for file in flags.compare)

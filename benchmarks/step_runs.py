@@ -80,7 +80,7 @@ class Runs:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.run.amp, torch.float32)
 
     def matmul_rate(self) -> float:
-        """FLOP/s of the best repeat: others on the machine can only lower it."""
+        """FLOP/s of the best repeat."""
         return max(flops.matmul_rate(self.device, self.matmul_dtype))
 
     def flops(self) -> float:

@@ -29,14 +29,19 @@ def measure(
 
     A round goes through all of them before the next begins, and each starts when the one before has come to rest: a
     loader that fills its queue in another's window would slow that one down and get its own batches for nothing.
+    Closes the sources.
     """
     windows: dict[tuple[str, str], list[Window]] = {(c.group, c.name): [] for c in contenders}
     progress.expect(rounds * len(contenders))
-    for turn in range(rounds):
+    try:
+        for turn in range(rounds):
+            for c in contenders:
+                progress.part(f"{c.group}, {c.name}: round {turn + 1} of {rounds}")
+                wait_until_idle(device)
+                windows[c.group, c.name].append(_window(c, seconds, device))
+    finally:
         for c in contenders:
-            progress.part(f"{c.group}, {c.name}: round {turn + 1} of {rounds}")
-            wait_until_idle(device)
-            windows[c.group, c.name].append(_window(c, seconds, device))
+            c.source.close()
     measurements = []
     for (group, name), taken in windows.items():
         rates, costs = [w.images_per_second for w in taken], [w.cpu_ms_per_image for w in taken]

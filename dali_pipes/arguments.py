@@ -13,7 +13,7 @@ MIXES = 6  # places of a colour matrix around contrast and hue: two before, two 
 Arguments = dict[str, NDArray]  # one graph input each; axis 0 is the sample
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
     """A box of each image is resized, and of the result a square is kept. int32 (N, 2): y, x; all in pixels."""
 

@@ -6,8 +6,8 @@ import os
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -31,7 +31,7 @@ class DatasetError(ValueError):
     """The data on disk cannot be used as asked; one line that names the thing, its value and the mend."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DatasetIndex:
     """Rows of images not known to be bad; made by `scan`, kept by `save` and `load`.
 
@@ -45,18 +45,26 @@ class DatasetIndex:
     heights: NDArray[np.int32]
     classes: tuple[str, ...]
     rejected: list[tuple[str, str]]  # (path, reason)
-    paths: list[str] = field(init=False, repr=False)  # open as they stand
-    fingerprint: str = field(init=False)  # of the rows and their order; the place of the tree is no part of it
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", [os.path.join(self.tree, name) for name in self.names])
-        digest = hashlib.sha256(_joined(self.names))
-        for column in (self.labels, self.widths, self.heights):
-            digest.update(column.astype("<i8").tobytes())
-        object.__setattr__(self, "fingerprint", digest.hexdigest()[:32])
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def path(self, row: int) -> str:
+        """One file's path; a run takes them one by one, and so does not hold ImageNet's names twice in every rank."""
+        return os.path.join(self.tree, self.names[row])
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """All files' paths, which open as they stand."""
+        return [self.path(row) for row in range(len(self))]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the rows and their order, 32 hexadecimal digits; the place of the tree is no part of it."""
+        digest = hashlib.sha256(_joined(self.names))
+        for column in (self.labels, self.widths, self.heights):
+            digest.update(column.astype("<i8").tobytes())
+        return digest.hexdigest()[:32]
 
     @classmethod
     def scan(cls, tree: Pathlike, level: Level = "header") -> "DatasetIndex":

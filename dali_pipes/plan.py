@@ -72,13 +72,13 @@ class Plan:
 
     def inputs(self, rows: NDArray[np.int64], epoch: int) -> list[Any]:
         """What the graph takes for these rows: the files' names, then the arrays that `names` lists."""
-        files = [np.frombuffer(os.fsencode(self.index.paths[row]), np.uint8) for row in rows]
+        files = [np.frombuffer(os.fsencode(self.index.path(row)), np.uint8) for row in rows]
         views = [self.view_arguments(view, rows, epoch) for view in range(len(self.specs))]
         return [files, *(np.ascontiguousarray(array) for arrays in views for array in arrays.values())]
 
     def explain(self, rows: NDArray[np.int64], failure: str) -> DatasetError:
         """Why DALI failed on these rows, as far as a second look at the files tells."""
-        paths = [self.index.paths[row] for row in rows]
+        paths = [self.index.path(row) for row in rows]
         reasons = [(path, check_file(path, "full").reason) for path in paths]
         bad = "; ".join(f"{path}: {reason}" for path, reason in reasons if reason)
         if bad:
@@ -130,7 +130,9 @@ class EvalPlan(Plan):
     @property
     def steps(self) -> int:
         """Batches in a pass of this rank, the last one included."""
-        return -(-len(self.share(0)) // self.batch_size)
+        count = len(self.index)
+        share = count // self.world_size if self.train else len(range(self.rank, count, self.world_size))
+        return -(-share // self.batch_size)
 
     def share(self, epoch: int) -> NDArray[np.int64]:
         """All rows of this rank in that pass, in order."""

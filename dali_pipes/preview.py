@@ -72,9 +72,9 @@ def picture(index: DatasetIndex, recipe: Recipe, batch: Batch, drawn: list[Sampl
         cell.set_axis_off()
     for i, row in enumerate(batch.indices.tolist()):
         group = columns[i % _ACROSS][i // _ACROSS]
-        original = load_image(index.paths[row])
+        original = load_image(index.path(row))
         group[0].imshow(np.asarray(original))
-        name = Path(index.paths[row]).name
+        name = Path(index.path(row)).name
         _title(group[0], f"{name[-30:]}\n{original.width} x {original.height}")
         for view, params in enumerate(drawn):
             colour = _COLOURS[view % len(_COLOURS)]

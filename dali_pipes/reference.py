@@ -51,7 +51,7 @@ class ReferenceViews(Dataset):
         return len(self.index)
 
     def __getitem__(self, row: int) -> tuple[tuple[torch.Tensor, ...], int]:
-        image = load_image(self.index.paths[row])
+        image = load_image(self.index.path(row))
         sizes = ([image.height], [image.width])
         views = []
         for number, spec in enumerate(self.recipe.views):

@@ -42,7 +42,7 @@ _ODD = np.uint64(0xD1342543DE82EF95)
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleParams:
     """What is applied to N images in one view: arrays of N, in the terms of torchvision's functional operations.
 

@@ -49,10 +49,17 @@ class Stream:
             self._feed.next = position
         if self._pipeline is None:
             self._pipeline = self._build()
-        self._run_ahead()
-        outputs = self._outputs()
-        _, rows = under_way.popleft()
-        self._run_ahead()
+        try:
+            self._run_ahead()
+            outputs = self._outputs()
+            _, rows = under_way.popleft()
+            self._run_ahead()
+        except RuntimeError as error:
+            self.close()
+            raise BrokenBatch(self._plan.rows(position), str(error)) from None
+        except BaseException:  # a Ctrl-C between feeding and running: the account no longer holds
+            self.close()
+            raise
         return rows, tuple(torch.from_dlpack(batch.as_tensor()) for batch in outputs)
 
     def close(self) -> None:
@@ -80,20 +87,15 @@ class Stream:
     def _outputs(self) -> Sequence[Any]:
         # Given a stream, DALI makes it wait for the batch; DALIGenericIterator gives none, and the host waits.
         cuda = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        try:
-            return self._pipeline.outputs(cuda_stream=cuda)
-        except RuntimeError as error:
-            _, rows = self._feed.under_way[0]
-            self.close()
-            raise BrokenBatch(rows, str(error)) from None
+        return self._pipeline.outputs(cuda_stream=cuda)
 
     def _drop(self) -> None:
-        while self._feed.under_way:
-            try:
+        try:
+            while self._feed.under_way:
                 self._outputs()
-            except BrokenBatch:  # of a batch that nobody wants: no news; it closed the pipeline
-                return
-            self._feed.under_way.popleft()
+                self._feed.under_way.popleft()
+        except RuntimeError:  # of a batch that nobody wants: no news, but the pipeline is gone
+            self.close()
 
 
 class _Feed:

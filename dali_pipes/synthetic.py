@@ -8,8 +8,8 @@ What makes generated images worth pre-training on:
 - Everything else (ground, clutter, layout, angles, size, JPEG settings) is drawn from one distribution for all classes.
   It tells images apart, as contrastive learning needs, and says nothing about the class. It stays quieter than the
   motifs: with strong grounds and motifs both light and dark, a network learned those and k-NN stayed at 15 %.
-- All images have the very same distribution of tones, and colour is a function of tone. With free colours a network
-  tells images apart by colour and learns nothing else: k-NN 17 to 23 % instead of 48 to 87 % (measured).
+- All images have the very same distribution of tones, and colour is all but a function of tone. With free colours a
+  network tells images apart by colour and learns nothing else: k-NN 17 to 23 % instead of 48 to 87 % (measured).
 """
 
 import ctypes
@@ -31,7 +31,7 @@ import tyro
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
-VERSION = 1  # of the pictures: raise it with any change that alters a byte of them
+VERSION = 2  # of the pictures: raise it with any change that alters a byte of them
 
 MARKER = "synthetic.json"  # the parameters; in the folder itself once it is complete
 UNFINISHED = ".unfinished"  # until then in here, beside the files that are being written
@@ -199,16 +199,24 @@ def _equalised(scene: np.ndarray) -> Image.Image:
     return _ranks(np.asarray(_ranks(scene).filter(ImageFilter.GaussianBlur(0.7)), dtype=np.float32))
 
 
-def _coloured(tone: Image.Image) -> Image.Image:
-    """The "RGB" image of an "L" image of tones."""
-    ramps = [np.interp(np.arange(256), [0, 127.5, 255], channel).round().astype(int).tolist() for channel in PALETTE.T]
-    return Image.merge("RGB", [tone.point(ramp) for ramp in ramps])
+def _coloured(rng: Generator, tone: Image.Image) -> Image.Image:
+    """The "RGB" image of an "L" image of tones, a little warmer here and cooler there.
+
+    Without these stains the chroma histogram tells how much edge 4:2:0 has blurred: 28 % 1-NN accuracy instead of 10 %.
+    """
+    ramp = np.stack([np.interp(np.arange(256), [0, 127.5, 255], channel) for channel in PALETTE.T], axis=1)
+    picture = ramp.astype(np.float32)[np.asarray(tone)]
+    warmth = _noise(rng, tone.width, tone.height, 0.12 * min(tone.size))
+    warmth = 3 / warmth.std() * (warmth - warmth.mean())
+    picture[..., 0] += warmth
+    picture[..., 2] -= warmth
+    return Image.fromarray(picture.round().astype(np.uint8))
 
 
 def render(class_name: str, split: str, index: int, seed: int = 0) -> bytes:
     """One JPEG file of the dataset, a function of its arguments alone: neither order nor number of images matter."""
-    rng = np.random.default_rng([VERSION, seed, SPLITS.index(split), CLASSES.index(class_name), index])
-    picture = _coloured(_equalised(_scene(rng, class_name, *_size(rng))))
+    rng = np.random.default_rng([seed, SPLITS.index(split), CLASSES.index(class_name), index])
+    picture = _coloured(rng, _equalised(_scene(rng, class_name, *_size(rng))))
     if rng.random() < 0.08:
         picture = picture.convert("L")
     file = io.BytesIO()
@@ -330,6 +338,9 @@ def main() -> None:
     except (OSError, ValueError) as error:
         print(f"dali_pipes.synthetic: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"dali_pipes.synthetic: {config.out} is unfinished; the same command goes on with it", file=sys.stderr)
+        sys.exit(130)
     seconds = time.perf_counter() - start
     print(f"{config.out}: {drawn} images drawn in {seconds:.1f} s" if drawn else f"{config.out}: complete")
 

@@ -1,7 +1,8 @@
 """Backbones by name: the reference's vision transformers, torchvision's ResNets, any model of timm.
 
-All come without a classifier; its place is where MoCoV3 puts the projector, so that state-dict names are the
-reference's (`blocks.0.attn.qkv.weight`, `head.0.weight`; `layer1.0.conv1.weight`, `fc.0.weight`).
+All come without a classifier. In its place MoCoV3 puts the projector, so that state-dict names are the reference's
+(`blocks.0.attn.qkv.weight`, `head.0.weight`; `layer1.0.conv1.weight`, `fc.0.weight`); those of timm models are
+`trunk.*`, `head.*`.
 """
 
 import difflib
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import timm
 import torchvision.models
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
@@ -28,21 +30,32 @@ RESNETS = tuple(
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network that maps (N, 3, H, W) to features (N, feature_dim).
+    """A network that maps (N, 3, H, W) to features (N, feature_dim), an nn.Identity in its head's place.
 
-    family: "vit" for transformers, "resnet" for convolutional networks. classifier: name of the submodule in whose
-    place an nn.Identity stands.
+    family: "vit" for transformers, "resnet" for convolutional networks and MLPs.
     """
 
     module: nn.Module
     feature_dim: int
     family: Family
-    classifier: str
 
     def with_head(self, head: nn.Module) -> nn.Module:
-        """The network with `head` in the classifier's place; the same object."""
-        self.module.set_submodule(self.classifier, head)
+        """The same network with `head` in that place."""
+        setattr(self.module, _head_name(self.module), head)
         return self.module
+
+
+class Headed(nn.Module):
+    """A model of timm, whose heads have many names and shapes, with one head behind it: head(trunk(x))."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to what the head makes of their features."""
+        return self.head(self.trunk(x))
 
 
 def build_backbone(arch: str, image_size: ImageSize = 224, overrides: Mapping[str, Any] | None = None) -> Backbone:
@@ -57,7 +70,7 @@ def build_backbone(arch: str, image_size: ImageSize = 224, overrides: Mapping[st
     try:
         if arch in VISION_TRANSFORMERS:
             module = vision_transformer(arch, image_size, **kwargs)
-            return Backbone(module, module.embed_dim, "vit", "head")
+            return Backbone(module, module.embed_dim, "vit")
         if arch in RESNETS:
             return _torchvision_resnet(arch, kwargs)
         if timm.is_model(arch):
@@ -71,37 +84,52 @@ def build_backbone(arch: str, image_size: ImageSize = 224, overrides: Mapping[st
 
 def features(module: nn.Module, x: Tensor) -> Tensor:
     """Features (N, feature_dim) of a network of this file, whatever head it carries; x: (N, 3, H, W)."""
-    if not isinstance(module, ResNet):
-        return module.forward_head(module.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    if isinstance(module, Headed):
+        return module.trunk(x)
+    if isinstance(module, VisionTransformer):
+        return module.forward_head(module.forward_features(x), pre_logits=True)
     for name, layer in module.named_children():
-        if name != "fc":
+        if name != _head_name(module):
             x = layer(x)
     return x.flatten(1)
 
 
+def state_without_head(module: nn.Module) -> dict[str, Tensor]:
+    """State of a network of this file as the model of timm or torchvision names it, without the head."""
+    if isinstance(module, Headed):
+        return module.trunk.state_dict()
+    head = _head_name(module) + "."
+    return {name: value for name, value in module.state_dict().items() if not name.startswith(head)}
+
+
+def freeze_patch_projection(module: nn.Module) -> None:
+    """No gradient for a patch projection that is a single convolution; any other stem stays as it is."""
+    trunk = module.trunk if isinstance(module, Headed) else module
+    projection = getattr(getattr(trunk, "patch_embed", None), "proj", None)
+    if isinstance(projection, nn.Conv2d):
+        projection.requires_grad_(False)
+
+
+def _head_name(module: nn.Module) -> str:
+    return "fc" if isinstance(module, ResNet) else "head"
+
+
 def _torchvision_resnet(arch: str, kwargs: dict[str, Any]) -> Backbone:
-    # A residual branch that starts at zero is part of the reference's pre-training, though not of torchvision's
-    # default.
+    # Residual branches that start at zero are part of the reference's pre-training, not of torchvision's defaults.
     module = torchvision.models.get_model(arch, **{"zero_init_residual": True, **kwargs})
     feature_dim = module.fc.in_features
     module.fc = nn.Identity()
-    return Backbone(module, feature_dim, "resnet", "fc")
+    return Backbone(module, feature_dim, "resnet")
 
 
 def _timm_model(arch: str, image_size: ImageSize, kwargs: dict[str, Any]) -> Backbone:
     config = timm.get_pretrained_cfg(arch)
     if config is not None and config.fixed_input_size:
         kwargs = {"img_size": image_size, **kwargs}
-    module = timm.create_model(arch, num_classes=0, **kwargs)
-    patch_embed = getattr(module, "patch_embed", None)
+    trunk = timm.create_model(arch, num_classes=0, **kwargs)
+    patch_embed = getattr(trunk, "patch_embed", None)
     if patch_embed is not None and hasattr(patch_embed, "patch_size"):
         check_divisible(arch, image_size, patch_embed.patch_size)
-    classifier = module.pretrained_cfg.get("classifier")
-    if not isinstance(classifier, str) or not isinstance(module.get_submodule(classifier), nn.Identity):
-        raise ValueError(f"--arch {arch} has no single classifier ({classifier!r}) that the projector could replace")
-    return Backbone(module, module.head_hidden_size, _family(module), classifier)
-
-
-def _family(module: nn.Module) -> Family:
-    """Transformers have attention with heads; the channel attention of convolutional networks has none."""
-    return "vit" if any(hasattr(part, "num_heads") for part in module.modules()) else "resnet"
+    # Attention has heads in transformers; the channel attention of convolutional networks has none.
+    family: Family = "vit" if any(hasattr(part, "num_heads") for part in trunk.modules()) else "resnet"
+    return Backbone(Headed(trunk), trunk.head_hidden_size, family)

@@ -7,7 +7,14 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from model.backbones import Backbone, ImageSize, build_backbone, features
+from model.backbones import (
+    Backbone,
+    ImageSize,
+    build_backbone,
+    features,
+    freeze_patch_projection,
+    state_without_head,
+)
 from model.contrastive import contrastive_loss
 from model.heads import predictor, projector
 from model.sync_bn import convert
@@ -33,7 +40,6 @@ class MoCoV3(nn.Module):
         self.predictor = predictor
         self.normalize = Normalize()
         self.feature_dim = backbone.feature_dim
-        self.projector_name = backbone.classifier
         self.temperature = temperature
 
     @classmethod
@@ -65,7 +71,7 @@ class MoCoV3(nn.Module):
             temperature,
         )
         if stop_grad_conv1:
-            _freeze_patch_projection(model.base_encoder)
+            freeze_patch_projection(model.base_encoder)
         if sync_bn:
             convert(model)
         return model
@@ -110,8 +116,7 @@ class MoCoV3(nn.Module):
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """State of the base encoder without projector, under the names of timm's or torchvision's model."""
-        state = self.base_encoder.state_dict()
-        return {name: value for name, value in state.items() if not name.startswith(self.projector_name + ".")}
+        return state_without_head(self.base_encoder)
 
     def _query(self, x: Tensor) -> Tensor:
         return self.predictor(self.base_encoder(self.normalize(x)))
@@ -138,10 +143,3 @@ class Normalize(nn.Module):
         if x.dtype != torch.uint8:
             return x
         return torch.addcmul(self.shift, x.to(self.scale.dtype), self.scale)
-
-
-def _freeze_patch_projection(encoder: nn.Module) -> None:
-    """No gradient for weight and bias of a patch projection that is a single convolution."""
-    projection = getattr(getattr(encoder, "patch_embed", None), "proj", None)
-    if isinstance(projection, nn.Conv2d):
-        projection.requires_grad_(False)

@@ -37,8 +37,8 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
     return file
 
 
-def newest(folder: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-    """State and file of the newest whole checkpoint (None for a run without any), and what was wrong with newer ones.
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole (None in a folder without any), and what was wrong with newer ones.
 
     Raises:
         ConfigError: there are checkpoints and all are damaged; starting over would overwrite them.
@@ -46,12 +46,14 @@ def newest(folder: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]
     warnings: list[str] = []
     for file in _newest_first(folder):
         try:
-            return load(file), file, warnings
+            load(file)
         except ConfigError as error:
             warnings.append(str(error))
+        else:
+            return file, warnings
     if warnings:
         raise ConfigError(f"no checkpoint in {folder} is whole: {'; '.join(warnings)}. Name another --out")
-    return None, None, []
+    return None, []
 
 
 def load(file: Path) -> dict[str, Any]:

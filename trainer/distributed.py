@@ -6,6 +6,7 @@ import signal
 import time
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,10 @@ class World:
         """Read the variables that torchrun sets."""
         if "RANK" not in os.environ:
             return cls()
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        return cls(*(int(os.environ[name]) for name in names), torchrun=True)
+        rank, local_rank, size, local_size = (
+            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        )
+        return cls(rank, local_rank, size, local_size, torchrun=True)
 
     def store(self) -> dist.Store | None:
         """The key-value store of torchrun's rendezvous; None for a single process.
@@ -111,8 +114,8 @@ class StopVote:
     def __init__(self) -> None:
         self.asked = False
         self._asked_at = 0.0
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[Any, torch.Tensor] | None = None
         self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -131,9 +134,7 @@ class StopVote:
             work.wait()
             stop = bool(votes)
         votes = torch.tensor([int(self.asked)])
-        work = dist.all_reduce(votes, group=self._group, async_op=True)
-        assert work is not None
-        self._pending = (work, votes)
+        self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
         return stop
 
     def close(self) -> None:

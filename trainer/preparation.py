@@ -58,7 +58,7 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
 
     if recorded is not None:
         folder.check(recorded, config, index.fingerprint)
-    _, file, warnings = checkpoint.newest(config.run.out)
+    file, warnings = checkpoint.newest(config.run.out)
     for warning in warnings:
         display.say(f"warning: {warning}; going on with the one before")
     if file is None and config.run.resume is not None:

@@ -3,6 +3,7 @@ import torch
 import torchvision.transforms as T
 
 from dali_pipes import DatasetError, DatasetIndex, EvalLoader, ViewSpec
+from dali_pipes.plan import EvalPlan
 from dali_pipes.reference import ReferenceViews, load_image
 from dali_pipes.views import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from tests.dali_pipes.odd_files import encoded, picture
@@ -52,6 +53,20 @@ def test_every_pass_is_the_same_and_starts_at_the_beginning(index):
     second = [batch.images for batch in loader]
     assert len(first) == len(second) == len(loader) == 3
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_is_read_ahead_serves_the_next_pass(index, monkeypatch):
+    made = []
+    inputs = EvalPlan.inputs
+
+    def counted(plan, rows, epoch):
+        made.append(rows)
+        return inputs(plan, rows, epoch)
+
+    monkeypatch.setattr(EvalPlan, "inputs", counted)
+    loader = EvalLoader(index, batch_size=4, resize=16, crop=16, num_threads=2)
+    assert len([*loader, *loader]) == 6
+    assert len(made) == 8  # and two are under way
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 11])

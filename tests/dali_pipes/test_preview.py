@@ -1,8 +1,9 @@
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dali_pipes import MOCO_V3, preview, sample_params
@@ -25,8 +26,10 @@ def test_titles_say_what_was_applied():
     assert preview.applied(p, 1) == "blur 1.27, solarize"
 
 
-def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "dali_pipes.preview", "--data", str(tmp_path / "none"), "--out", "views.png"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'none'}: no such folder\n"
+def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["preview", "--data", str(tmp_path / "none"), "--out", "views.png"])
+    monkeypatch.delitem(sys.modules, "dali_pipes.preview")
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("dali_pipes.preview", run_name="__main__")
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: no such folder\n"

@@ -16,7 +16,7 @@ def vote(bank, bank_labels, query, k, temperature):
     """The winning class of one query, image by image."""
     similarity = [float((row * query).sum()) for row in bank]
     nearest = sorted(range(len(bank)), key=lambda i: -similarity[i])[:k]
-    votes = defaultdict(float)
+    votes: dict[int, float] = defaultdict(float)
     for i in nearest:
         votes[int(bank_labels[i])] += math.exp(similarity[i] / temperature)
     return max(votes, key=lambda label: votes[label])

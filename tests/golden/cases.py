@@ -38,7 +38,7 @@ def params(name: str) -> list[Any]:
 
 
 def build(case: Case, **options: Any) -> MoCoV3:
-    """The case's model with formula weights, in float64 and training mode."""
+    """The case's model with formula weights, in float64, channels_last and training mode."""
     arch, overrides = case["arch"], {}
     if arch == "custom_vit":
         arch = "vit_conv_small" if case.get("conv_stem") else "vit_small"
@@ -61,7 +61,7 @@ def build(case: Case, **options: Any) -> MoCoV3:
         if case.get("momentum_init") == "copy":
             for key, query in zip(model.momentum_encoder.parameters(), model.base_encoder.parameters(), strict=True):
                 key.copy_(query)
-    return model.double()
+    return model.double().to(memory_format=torch.channels_last)
 
 
 def views(case: Case, suffix: str = "", n: int | None = None) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 import pytest
+import timm
 import torch
 
 from model import MoCoV3
-from model.backbones import build_backbone, features
+from model.backbones import build_backbone, features, freeze_patch_projection, state_without_head
 from tests.golden import cases, formula
 from tests.golden.compare import assert_close
 
@@ -41,7 +42,8 @@ def transformer_parts(vit, x):
         ("efficientnet_b0", 1280, "resnet"),
         ("mobilenetv3_small_050", 1024, "resnet"),
         ("swin_tiny_patch4_window7_224", 768, "vit"),
-        ("resnet10t", 512, "resnet"),
+        ("deit_tiny_distilled_patch16_224", 192, "vit"),
+        ("dla34", 512, "resnet"),
         ("regnetx_002", 368, "resnet"),
     ],
 )
@@ -54,8 +56,9 @@ def test_features_and_head_of_other_families(arch, dim, family):
         bare = module(x)
         assert bare.shape == (1, dim)
         torch.testing.assert_close(features(module, x), bare)
-        with_head = backbone.with_head(torch.nn.Linear(dim, 3))
-        torch.testing.assert_close(with_head(x), with_head.get_submodule(backbone.classifier)(bare))
+        head = torch.nn.Linear(dim, 3)
+        with_head = backbone.with_head(head)
+        torch.testing.assert_close(with_head(x), head(bare))
         torch.testing.assert_close(features(with_head, x), bare)
 
 
@@ -88,7 +91,6 @@ def test_heads_follow_the_family_unless_told_otherwise():
         ),
         ("resnet18", {"depth": 3}, "does not fit --arch resnet18: .*depth"),
         ("vit_tiny_patch16_224", {"layers": 3}, "does not fit --arch vit_tiny_patch16_224: .*layers"),
-        ("deit_tiny_distilled_patch16_224", {}, "has no single classifier"),
     ],
 )
 def test_refused(arch, overrides, message):
@@ -97,9 +99,14 @@ def test_refused(arch, overrides, message):
 
 
 def test_timm_sizes_and_overrides_arrive():
-    state = build_backbone("vit_tiny_patch16_224", 64, {"depth": 2}).module.state_dict()
+    module = build_backbone("vit_tiny_patch16_224", 64, {"depth": 2}).module
+    state = state_without_head(module)
+    assert list(state) == list(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0).state_dict())
     assert {name.split(".")[1] for name in state if name.startswith("blocks.")} == {"0", "1"}
     assert state["pos_embed"].shape == (1, 1 + 16, 192)
+    freeze_patch_projection(module)
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    assert frozen == ["trunk.patch_embed.proj.weight", "trunk.patch_embed.proj.bias"]
     with pytest.raises(
         ValueError, match="--image-size 72 is not divisible by the patch size 16 of vit_tiny_patch16_224"
     ):

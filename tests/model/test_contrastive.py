@@ -60,5 +60,6 @@ def test_ranks_together_have_the_loss_of_the_whole_batch(tmp_path):
     assert sum(loss for loss, *_ in ranks) / 3 == pytest.approx(whole.item(), rel=1e-12)
     torch.testing.assert_close(torch.cat([grad for _, grad, *_ in ranks]) / 3, q.grad)
     for _, _, keys, key_gradient in ranks:
+        assert type(keys) is torch.Tensor
         assert torch.equal(keys, k)
         assert key_gradient is None

@@ -81,3 +81,10 @@ def test_a_group_without_gradients_and_a_closure():
     assert unused.eq(1).all()
     assert used.lt(1).all()
     assert unused not in optimizer.state
+
+
+def test_a_zero_gradient_without_decay_moves_nothing():
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.zeros(2, 3)
+    LARS([p], lr=0.1).step()
+    assert p.eq(1).all()

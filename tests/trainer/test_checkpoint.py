@@ -17,11 +17,12 @@ def state(step):
 def test_newest_returns_what_was_saved(tmp_path):
     for step in (1, 2, 10):
         checkpoint.save(tmp_path, state(step), keep=0)
-    found, file, warnings = checkpoint.newest(tmp_path)
+    file = tmp_path / "checkpoint_00000010.pt"
+    assert checkpoint.newest(tmp_path) == (file, [])
+    found = checkpoint.load(file)
     assert found["step"] == 10
     assert found["model"]["weight"].tolist() == [10.0] * 3
     assert (tmp_path / "latest").read_text().strip() == file.name
-    assert warnings == []
 
 
 def test_keep_drops_the_oldest_and_zero_keeps_all(tmp_path):
@@ -38,8 +39,8 @@ def test_a_damaged_newest_is_passed_over_and_named(tmp_path, damage):
     file = checkpoint.save(tmp_path, state(2), keep=0)
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] if damage is None else damage)
-    found, _, warnings = checkpoint.newest(tmp_path)
-    assert found["step"] == 1
+    found, warnings = checkpoint.newest(tmp_path)
+    assert found == tmp_path / "checkpoint_00000001.pt"
     assert len(warnings) == 1
     assert "checkpoint_00000002.pt" in warnings[0]
 
@@ -51,7 +52,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path):
 
 
 def test_a_folder_without_checkpoints_is_a_new_run(tmp_path):
-    assert checkpoint.newest(tmp_path) == (None, None, [])
+    assert checkpoint.newest(tmp_path) == (None, [])
 
 
 def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -64,7 +65,7 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"checkpoint_00000002\.pt could not be written.*No space"):
         checkpoint.save(tmp_path, state(2), keep=1)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint_00000001.pt", "latest"]
-    assert checkpoint.newest(tmp_path)[0]["step"] == 1
+    assert checkpoint.newest(tmp_path) == (tmp_path / "checkpoint_00000001.pt", [])
 
 
 class Payload:

@@ -158,7 +158,8 @@ def test_without_a_compiler_it_runs_eager_and_says_so(train, monkeypatch, tmp_pa
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(train, monkeypatch, capsys, tmp_path):
-    real, failures = os.fsync, []
+    real = os.fsync
+    failures: list[int] = []
 
     def full_at_first(descriptor):
         name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))

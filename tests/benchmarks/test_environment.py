@@ -1,0 +1,41 @@
+"""The facts that go with every number: JSON-ready, and silent where git is not there."""
+
+import json
+import re
+
+import torch
+
+from benchmarks import environment
+
+
+def test_facts_are_json_and_name_the_hardware():
+    facts = json.loads(json.dumps(environment.environment(torch.device("cpu"))))
+    assert facts["hardware"] == f"cpu {facts['cores']} cores"
+    assert facts["gpu"] is None
+    assert torch.__version__.startswith(facts["versions"]["torch"].partition("+")[0])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", environment.now())
+
+
+def test_outside_of_git_the_commit_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment.commit() == {"commit": None, "dirty": None}
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
+    assert environment.commit() == {"commit": None, "dirty": None}
+
+
+def test_results_do_not_make_the_code_dirty(monkeypatch):
+    asked = []
+
+    def git(*arguments):
+        asked.append(arguments)
+        return ""
+
+    monkeypatch.setattr(environment, "_git", git)
+    assert environment.commit()["dirty"] is False
+    assert ":!benchmarks/results" in asked[1]
+
+
+def test_a_shared_machine_is_said():
+    assert environment.busy({"load": 0.4, "cores": 2}) == ""
+    assert "load 8.2 on 2 cores" in environment.busy({"load": 8.2, "cores": 2})

@@ -1,0 +1,105 @@
+"""The check of a GPU machine: what counts as passed, and that one part never takes the others with it."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_check, results
+from benchmarks.gpu_check import GpuCheck, Part, parts, passed, trained
+
+
+def part(code, seconds=30.0, findings=lambda output: {"said": output.strip()}):
+    return Part("part", ["-c", code], seconds, findings)
+
+
+def outcome(*arguments, deadline=60.0, **options):
+    return gpu_check._run(part(*arguments, **options), time.monotonic() + deadline)
+
+
+def test_a_part_that_works():
+    found = outcome("print('hello')")
+    assert found.ok
+    assert found.findings == {"said": "hello"}
+
+
+def test_a_part_that_fails_says_how_and_what_it_printed():
+    found = outcome("import sys; print('why'); sys.exit(3)")
+    assert not found.ok
+    assert found.reason == "exit code 3"
+    assert "why" in found.output
+
+
+def test_a_part_that_did_not_do_its_job():
+    def refuse(output):
+        raise ValueError("it wrote no result")
+
+    assert outcome("pass", findings=refuse).reason == "it wrote no result"
+
+
+def test_a_part_that_hangs_is_ended_with_its_children():
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    started = time.monotonic()
+    found = outcome(code, seconds=1.0)
+    assert not found.ok
+    assert found.reason.startswith("ended after 1 s")
+    assert time.monotonic() - started < 20
+
+
+def test_after_the_deadline_nothing_begins():
+    assert outcome("print(1)", deadline=-1.0).reason == "not run: the time was over"
+
+
+@pytest.mark.parametrize(
+    ("last", "counts"),
+    [("5 passed in 2.1s", {"passed": 5}), ("5 passed, 2 skipped, 9 deselected in 1s", {"passed": 5, "skipped": 2})],
+)
+def test_what_counts_as_passed(last, counts):
+    assert passed(f"...\n{last}\n") == counts
+
+
+@pytest.mark.parametrize(
+    "last", ["3 skipped in 0.1s", "419 deselected in 5s", "no tests ran in 0.1s", "1 failed, 4 passed in 3s", ""]
+)
+def test_what_does_not(last):
+    with pytest.raises(ValueError, match=r"ran|failed"):
+        passed(last)
+
+
+def write_metrics(folder, losses):
+    rows = [{"step": i + 1, "loss": loss, "images_per_second": 7.0, "data_wait": 0.1} for i, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_training_is_judged_by_its_rows(tmp_path):
+    write_metrics(tmp_path, [3.0, 2.0])
+    assert trained(tmp_path, 2, "")["loss_last"] == 2.0
+    with pytest.raises(ValueError, match="2 of 3 steps"):
+        trained(tmp_path, 3, "")
+    write_metrics(tmp_path, [3.0, float("nan")])
+    with pytest.raises(ValueError, match="not finite"):
+        trained(tmp_path, 2, "")
+
+
+def test_the_parts_are_all_there(monkeypatch):
+    class Index:
+        tree = Path("tree")
+
+    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: Index)
+    names = [p.name for p in parts(GpuCheck(), Path("scratch"))]
+    steps = ["step vit_small", "step vit_base", "step resnet50"]
+    assert names == ["GPU tests", "200 training steps", *steps, "loader", "ablation"]
+
+
+def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_benchmark_is_judged_by_the_file_it_wrote(result, tmp_path):
+    with pytest.raises(ValueError, match="no result"):
+        gpu_check._result(tmp_path, "loader*", "")
+    results.write(result(quick=True), tmp_path)
+    assert gpu_check._result(tmp_path, "loader*", "")["benchmark"] == "loader"

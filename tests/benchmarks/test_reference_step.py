@@ -1,0 +1,47 @@
+"""The yardstick does the same arithmetic as the trainer, only slower: else the comparison would mean nothing."""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks.reference_step import LoopLARS, ReferenceStep
+from model import LARS
+from trainer.config import Config, replace
+from trainer.presets import PRESETS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config() -> Config:
+    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "moco_dim": 16, "moco_mlp_dim": 32, "image_size": 32}
+    return replace(PRESETS["demo"](), **sizes, data="unused", out="unused", amp="off", compile="off", batch_size=4)
+
+
+def test_lars_is_lars():
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
+    theirs = copy.deepcopy(ours)
+    fast = LARS(ours.parameters(), lr=0.3, weight_decay=0.1, momentum=0.9)
+    slow = LoopLARS(list(theirs.parameters()), weight_decay=0.1, momentum=0.9)
+    slow.param_groups[0]["lr"] = 0.3
+    for _ in range(4):
+        x = torch.randn(6, 5)
+        for network, optimizer in ((ours, fast), (theirs, slow)):
+            optimizer.zero_grad()
+            network(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+def test_a_step_gives_the_loss_of_the_model(config, optimizer):
+    reference = ReferenceStep(replace(config, optimizer=optimizer, warmup_epochs=0), CPU)
+    model = copy.deepcopy(reference.model)
+    x1, x2 = torch.randn(2, 4, 3, 32, 32)
+    expected = model(x1, x2, momentum=config.model.moco_m).item()
+    assert reference.train_step(x1, x2) == pytest.approx(expected, rel=1e-5)
+    # The second step starts from other weights.
+    assert reference.train_step(x1, x2) != pytest.approx(expected, rel=1e-5)
