@@ -15,7 +15,7 @@ PY := .venv/bin/python
 PROCESSES = $(if $(filter auto,$(NPROC)),$$($(PY) -c 'import torch; print(torch.cuda.device_count() or 1)'),$(NPROC))
 
 .DEFAULT_GOAL := help
-.PHONY: train test test-all preview lint format type clean help
+.PHONY: train test test-all preview bench ablate report gpu-check lint format type clean help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,20 @@ format: | $(READY) ## ruff: mend what it can
 
 type: | $(READY) ## mypy
 	@$(PY) -m mypy
+
+bench: | $(READY) ## where the time goes: loader, step, ablation; JSON and pictures in benchmarks/results
+	@$(PY) -m benchmarks.loader $(ARGS)
+	@$(PY) -m benchmarks.step $(ARGS)
+	@$(PY) -m benchmarks.ablation $(ARGS)
+
+ablate: | $(READY) ## what each augmentation costs
+	@$(PY) -m benchmarks.ablation $(ARGS)
+
+report: | $(READY) ## one page from all benchmarks/results, and the README's table
+	@$(PY) -m benchmarks.report $(ARGS)
+
+gpu-check: ## GPU tests and short benchmarks with PYTHON as it stands; installs nothing
+	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 clean: ## remove .venv, sample data and caches; runs stay
 	rm -rf .venv data/sample .mypy_cache .ruff_cache views.png

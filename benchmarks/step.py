@@ -6,9 +6,8 @@ The trainer's own step, on images through its loader and on a batch that stays o
 same model stepped in the manner of the reference release.
 """
 
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +27,7 @@ from benchmarks.step_runs import CACHED, LOADER, REAL, REFERENCE, Runs
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
 from trainer.engine import build_model
-from trainer.preparation import COMPILERS
+from trainer.preparation import resolve
 from trainer.presets import PRESETS
 
 RATES, SHARES, TIMES = "step", "step on JPEGs: intervals", "step on a cached batch: intervals"
@@ -61,7 +60,7 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
     """Run the benchmark."""
     common, cuda = flags.common, device.type == "cuda"
     started, env = now(), environment(device)
-    config = training_config(flags, device)
+    config = training_config(flags, device, progress.say)
     batch = config.optim.batch_size
     steps = 2 if common.quick and not cuda else flags.steps or (20 if cuda else 2)
     rounds = 3 if common.quick else common.rounds
@@ -111,7 +110,7 @@ def default_preset(device: torch.device) -> str:
     return "vit-s-300ep" if device.type == "cuda" else "demo"
 
 
-def training_config(flags: Step, device: torch.device) -> Config:
+def training_config(flags: Step, device: torch.device, say: Callable[[str], None]) -> Config:
     """The trainer's configuration that is measured, with nothing left at `auto`.
 
     Raises:
@@ -122,14 +121,7 @@ def training_config(flags: Step, device: torch.device) -> Config:
         raise ConfigError(f"--preset {name} is not known; choose from: {', '.join(PRESETS)}")
     if flags.steps is not None and flags.steps < 1:
         raise ConfigError(f"--steps {flags.steps} is too small; use 1 or more")
-    cuda = device.type == "cuda"
-    batch = flags.batch_size or (256 if cuda else 16 if flags.common.quick else 32)
-    amp: str = flags.amp
-    if amp == "auto":
-        amp = "off" if not cuda else "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    compile_: str = flags.compile
-    if compile_ == "auto":
-        compile_ = "on" if cuda and any(shutil.which(compiler) for compiler in COMPILERS if compiler) else "off"
+    batch = flags.batch_size or (256 if device.type == "cuda" else 16 if flags.common.quick else 32)
     config = configuration.replace(
         PRESETS[name](),
         data=Path("unused"),
@@ -138,8 +130,8 @@ def training_config(flags: Step, device: torch.device) -> Config:
         batch_size=batch,
         # The schedule's length is no part of the measurement, and its end must not come.
         epochs=1_000_000,
-        amp=amp,
-        compile=compile_,
+        amp=flags.amp,
+        compile=flags.compile,
     )
     if flags.image_size is not None:
         config = configuration.replace(config, image_size=flags.image_size)
@@ -149,7 +141,7 @@ def training_config(flags: Step, device: torch.device) -> Config:
             build_model(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return config
+    return resolve(config, device, say)
 
 
 def _measurements(runs: Runs, rounds: int, batch: int, flops: float, bound: float) -> Iterator[Measurement]:

@@ -102,9 +102,8 @@ def _ground(rng: Generator, width: int, height: int) -> np.ndarray:
     """Clouds over a slope of light, (height, width)."""
     short = min(width, height)
     direction = rng.uniform(0, 2 * np.pi)
-    slope = (
-        np.cos(direction) * np.linspace(-1, 1, width)[None, :] + np.sin(direction) * np.linspace(-1, 1, height)[:, None]
-    )
+    x, y = np.linspace(-1, 1, width), np.linspace(-1, 1, height)
+    slope = np.cos(direction) * x + np.sin(direction) * y[:, None]
     clouds = _noise(rng, width, height, short * rng.uniform(0.15, 0.4))
     wisps = _noise(rng, width, height, short * rng.uniform(0.03, 0.08))
     return 0.5 * slope + 0.6 * clouds + 0.1 * wisps
@@ -247,7 +246,7 @@ def _start_worker() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _is_complete(out: Path, parameters: dict[str, int]) -> bool:
+def _is_complete(out: Path, parameters: str) -> bool:
     """Whether nothing is left to do in `out`; FileExistsError if it holds anything but this dataset."""
     if not os.path.lexists(out):
         return False
@@ -255,11 +254,11 @@ def _is_complete(out: Path, parameters: dict[str, int]) -> bool:
         raise FileExistsError(f"--out {out} is not a folder; name a new or empty one")
     for marker in (out / MARKER, out / UNFINISHED / MARKER):
         if marker.is_file():
-            if marker.read_text() == _marker_text(parameters):
+            if (found := marker.read_text()) == parameters:
                 return marker.parent == out
             raise FileExistsError(
-                f"--out {out} holds other sample data ({marker.read_text().strip()}, "
-                f"asked for {_marker_text(parameters).strip()}); name a new folder, or delete this one"
+                f"--out {out} holds other sample data ({found}; asked for {parameters}); "
+                "name a new folder, or delete this one"
             )
     foreign = sorted(entry.name for entry in out.iterdir() if entry.name != UNFINISHED)
     if foreign:
@@ -267,17 +266,13 @@ def _is_complete(out: Path, parameters: dict[str, int]) -> bool:
     return False
 
 
-def _marker_text(parameters: dict[str, int]) -> str:
-    return json.dumps(parameters) + "\n"
-
-
 def generate(
     out: Path, *, seed: int = 0, train_per_class: int = 200, val_per_class: int = 50, processes: int | None = None
 ) -> int:
     """Write the sample dataset as `out`/train/<class>/*.jpg and `out`/val/<class>/*.jpg.
 
-    The files depend on the seed (and on the versions of NumPy and Pillow) alone; a smaller dataset is the beginning
-    of a larger one. A complete folder is left as it is, an interrupted one is completed.
+    With the same NumPy, Pillow and kind of processor, the bytes depend on the seed alone; a smaller dataset is the
+    beginning of a larger one. A complete folder is left as it is, an interrupted one is completed.
 
     Args:
         out: A new or empty folder, or one that was begun with the same parameters.
@@ -293,16 +288,20 @@ def generate(
         FileExistsError: `out` belongs to something else, or to other parameters. Nothing in it was touched.
         ValueError: A number is out of its range.
     """
-    parameters = {"version": VERSION, "seed": seed, "train_per_class": train_per_class, "val_per_class": val_per_class}
-    for name, lowest in {"seed": 0, "train_per_class": 1, "val_per_class": 1}.items():
-        if parameters[name] < lowest:
-            raise ValueError(f"--{name.replace('_', '-')} {parameters[name]} is too small; use {lowest} or more")
+    counts = {"train": train_per_class, "val": val_per_class}
+    for flag, value, lowest in (
+        ("seed", seed, 0),
+        ("train-per-class", train_per_class, 1),
+        ("val-per-class", val_per_class, 1),
+    ):
+        if value < lowest:
+            raise ValueError(f"--{flag} {value} is too small; use {lowest} or more")
+    parameters = json.dumps({"version": VERSION, "seed": seed, "per_class": counts})
     if _is_complete(out, parameters):
         return 0
 
     (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
-    (out / UNFINISHED / MARKER).write_text(_marker_text(parameters))
-    counts = {"train": train_per_class, "val": val_per_class}
+    (out / UNFINISHED / MARKER).write_text(parameters)
     for split in SPLITS:
         for class_name in CLASSES:
             (out / split / class_name).mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +18,6 @@ from trainer.metrics import Display
 from trainer.run_folder import RunFolder
 
 TRAIN_INDEX, VAL_INDEX = "train_index.npz", "val_index.npz"
-COMPILERS = (os.environ.get("CC"), "cc", "gcc", "clang")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
     device = choose_device(config.run.device, world)
     folder = RunFolder(config.run.out)
     recorded = folder.recorded()
-    config = _resolve(config, device, recorded, display)
+    config = resolve(config, device, display.say, recorded["flags"].get("amp") if recorded else None)
 
     tree, val_tree = _trees(config.data.data)
     index = _scan(tree, display)
@@ -78,21 +77,21 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
     return Start(config, file, folder)
 
 
-def _resolve(config: Config, device: torch.device, recorded: dict[str, Any] | None, display: Display) -> Config:
-    """Replace what is `auto` by what it means here; a run that goes on keeps its precision."""
-    amp, compile_ = config.run.amp, config.run.compile
+def resolve(config: Config, device: torch.device, say: Callable[[str], None], amp_before: str | None = None) -> Config:
+    """Replace what is `auto` by what it means on this device; a run that goes on keeps its precision, `amp_before`."""
+    amp: str = config.run.amp
     if amp == "auto":
-        if recorded is not None:
-            amp = recorded["flags"].get("amp", "off")
+        if amp_before is not None:
+            amp = amp_before
         elif device.type == "cpu" or config.run.dtype == "float64":
             amp = "off"
         else:
             amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    compiler = next((name for name in COMPILERS if name and shutil.which(name)), None)
+    compile_: str = config.run.compile
     if compile_ == "auto":
         compile_ = "on" if device.type == "cuda" else "off"
-    if compile_ == "on" and compiler is None:
-        display.say("no C compiler on the PATH: running eager, which is slower; install gcc and g++ to compile")
+    if compile_ == "on" and not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        say("no C compiler on the PATH: running eager, which is slower; install gcc and g++ to compile")
         compile_ = "off"
     return configuration.replace(config, amp=amp, compile=compile_)
 

@@ -1,0 +1,23 @@
+"""Everything here needs CUDA: marked `gpu`, and skipped without it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dali_pipes import DatasetIndex
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session")
+def photos():
+    return DatasetIndex.scan(HERE.parent / "photos")

@@ -1,0 +1,65 @@
+"""The real command on a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from dali_pipes.synthetic import generate
+from trainer import run
+from trainer.metrics import read_metrics
+
+TINY = (
+    "demo --device cuda --image-size 32 --embed-dim 32 --depth 1 --num-heads 2 --moco-dim 16 --moco-mlp-dim 32 "
+    "--lr 1e-3 --moco-m 0.99 --epochs 3 --warmup-epochs 1 --batch-size 16 --log-every 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    generate(folder, seed=0, train_per_class=5, val_per_class=2)
+    return folder
+
+
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder)]
+
+
+@pytest.mark.parametrize("compile_", ["off", "on"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_a_run_trains_and_is_judged(sample, tmp_path, amp, compile_):
+    assert run([*TINY, "--data", str(sample), "--out", str(tmp_path), "--amp", amp, "--compile", compile_]) == 0
+    assert len(losses(tmp_path)) == 9
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["device"] == torch.cuda.get_device_name()
+    assert 0 <= summary["knn_after"] <= 1
+
+
+def test_float32_follows_the_cpu(sample, tmp_path):
+    flags = ["--data", str(sample), "--no-knn", "--amp", "off", "--compile", "off", "--max-steps", "3"]
+    assert run([*TINY, *flags, "--out", str(tmp_path / "gpu")]) == 0
+    assert run([*TINY, *flags, "--out", str(tmp_path / "cpu"), "--device", "cpu"]) == 0
+    # The decoders differ by a fraction of a grey level.
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
+
+
+def test_a_run_goes_on_where_it_stopped(sample, tmp_path):
+    flags = ["--data", str(sample), "--no-knn", "--amp", "off", "--compile", "off"]
+    assert run([*TINY, *flags, "--out", str(tmp_path / "whole")]) == 0
+    assert run([*TINY, *flags, "--out", str(tmp_path / "run"), "--max-steps", "4"]) == 0
+    assert run([*TINY, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+
+
+def test_out_of_memory_says_which_batch_would_fit(sample, tmp_path, capsys):
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(600 * 2**20 / total)
+    try:
+        flags = ["--image-size", "224", "--arch", "vit_base", "--batch-size", "48", "--no-knn", "--compile", "off"]
+        code = run([*TINY, *flags, "--data", str(sample), "--out", str(tmp_path)])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert code == 2
+    assert "is out of memory" in capsys.readouterr().err
