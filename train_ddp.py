@@ -7,7 +7,7 @@ import sys
 # the sample run took 36 ms with sleeping threads and up to 1.7 s with spinning ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from trainer import run  # noqa: E402
+from trainer import run
 
 if __name__ == "__main__":
     sys.exit(run(sys.argv[1:]))

@@ -95,7 +95,7 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
         conclude(summary, out, display)
         return 0
     display.say(
-        f"{config.model.arch} on {world.size} x {device.type}, {len(index.paths)} images, "
+        f"{config.model.arch} on {world.size} x {device.type}, {len(index)} images, "
         f"batch {config.optim.batch_size}, amp {config.run.amp}, compile {config.run.compile}, "
         f"step {engine.step} of {engine.last}"
     )

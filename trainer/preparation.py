@@ -45,7 +45,7 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
     tree, val_tree = _trees(config.data.data)
     index = _scan(tree, display)
     val = _scan(val_tree, display) if val_tree is not None else None
-    images = len(index.paths)
+    images = len(index)
     if config.optim.batch_size > images:
         raise ConfigError(
             f"--batch-size {config.optim.batch_size}, but {tree} has {images} images; use at most {images}"
