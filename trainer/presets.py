@@ -27,8 +27,8 @@ def demo() -> Config:
             moco_m=0.97,
             moco_m_cos=True,
         ),
-        optim=Optim(epochs=20, batch_size=128, optimizer="adamw", lr=2e-3, weight_decay=0.05, warmup_epochs=2),
-        run=Run(log_every=5),
+        optim=Optim(epochs=15, batch_size=64, optimizer="adamw", lr=8e-3, weight_decay=0.05, warmup_epochs=2),
+        run=Run(log_every=10),
     )
 
 
