@@ -14,6 +14,9 @@ PY := .venv/bin/python
 # auto: one process a GPU, one where there is none.
 PROCESSES = $(if $(filter auto,$(NPROC)),$$($(PY) -c 'import torch; print(torch.cuda.device_count() or 1)'),$(NPROC))
 
+# What DATA needs before it can be read: only the sample is made here.
+IMAGES = $(if $(filter $(SAMPLE),$(DATA)),$(SAMPLE)/synthetic.json)
+
 .DEFAULT_GOAL := help
 .PHONY: train test test-all preview bench ablate report gpu-check lint format type clean help
 
@@ -28,11 +31,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r .venv/requirements.txt -c constraints.txt
 	@touch $@
 
-$(SAMPLE): | $(READY)
-	@$(PY) -m dali_pipes.synthetic --out $@
+# The generator writes this file last, and completes what an interruption left.
+$(SAMPLE)/synthetic.json: | $(READY)
+	@$(PY) -m dali_pipes.synthetic --out $(SAMPLE)
 
-# Order-only: a folder that is there is used as it stands.
-train: | $(READY) $(DATA) ## pre-train: DATA=DIR PRESET=demo OUT=RUN NPROC=auto ARGS="--flag value"
+train: | $(READY) $(IMAGES) ## pre-train: DATA=DIR PRESET=demo OUT=RUN NPROC=auto ARGS="--flag value"
 	@$(PY) -m torch.distributed.run --standalone --nproc-per-node=$(PROCESSES) train_ddp.py $(PRESET) --data $(DATA) --out $(OUT) $(ARGS)
 
 test: | $(READY) ## the tests (under 15 minutes on 2 cores)
@@ -41,7 +44,7 @@ test: | $(READY) ## the tests (under 15 minutes on 2 cores)
 test-all: | $(READY) ## the slow ones too (under 40 minutes)
 	@$(PY) -m pytest
 
-preview: | $(READY) $(DATA) ## views.png: what the recipe does to the images in DATA
+preview: | $(READY) $(IMAGES) ## views.png: what the recipe does to the images in DATA
 	@$(PY) -m dali_pipes.preview --data $(DATA) --out views.png
 
 lint: | $(READY) ## ruff: rules and format
