@@ -18,7 +18,7 @@ PROCESSES = $(if $(filter auto,$(NPROC)),$$($(PY) -c 'import torch; print(torch.
 IMAGES = $(if $(filter $(SAMPLE),$(DATA)),$(SAMPLE)/synthetic.json)
 
 .DEFAULT_GOAL := help
-.PHONY: train test test-all preview bench ablate report gpu-check lint format type clean help
+.PHONY: train test test-all preview equality bench ablate report gpu-check lint format type clean help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ test-all: | $(READY) ## the slow ones too (under 40 minutes)
 
 preview: | $(READY) $(IMAGES) ## views.png: what the recipe does to the images in DATA
 	@$(PY) -m dali_pipes.preview --data $(DATA) --out views.png
+
+equality: | $(READY) $(IMAGES) ## how far the views are from torchvision's, on the images in DATA
+	@$(PY) -m dali_pipes.equality --data $(DATA) $(ARGS)
 
 lint: | $(READY) ## ruff: rules and format
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

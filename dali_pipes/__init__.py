@@ -1,12 +1,14 @@
 from dali_pipes.index import DatasetError, DatasetIndex
 from dali_pipes.loader import Batch, EvalBatch, EvalLoader, ViewLoader
 from dali_pipes.sampling import SampleParams, sample_params
-from dali_pipes.views import IMAGENET_MEAN, IMAGENET_STD, MOCO_V3, Recipe, ViewSpec
+from dali_pipes.views import IMAGENET_MEAN, IMAGENET_STD, MOCO_V2, MOCO_V3, SIMCLR, Recipe, ViewSpec, multi_crop
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MOCO_V2",
     "MOCO_V3",
+    "SIMCLR",
     "Batch",
     "DatasetError",
     "DatasetIndex",
@@ -16,5 +18,6 @@ __all__ = [
     "SampleParams",
     "ViewLoader",
     "ViewSpec",
+    "multi_crop",
     "sample_params",
 ]

@@ -86,7 +86,7 @@ def colour_arguments(params: SampleParams, spec: ViewSpec) -> Arguments:
     """Inputs of the operators after the crop: of those that the spec ever applies."""
     inputs: Arguments = {"flip": params.flip.astype(np.int32)}
     if spec.jitter > 0:
-        inputs |= _jitter_arguments(params)
+        inputs |= jitter_arguments(params)
     if spec.grayscale > 0:
         inputs["grayscale"] = params.grayscale
     if spec.blur > 0:
@@ -96,7 +96,8 @@ def colour_arguments(params: SampleParams, spec: ViewSpec) -> Arguments:
     return inputs
 
 
-def _jitter_arguments(params: SampleParams) -> Arguments:
+def jitter_arguments(params: SampleParams) -> Arguments:
+    """Inputs of `operators.jitter`, and of the condition around it."""
     place = np.argsort(params.order, 1)  # of each operation in its sample's order
     matrices, used = _mixes(params, place)
     inputs: Arguments = {
@@ -122,12 +123,26 @@ def _mixes(params: SampleParams, place: NDArray[np.int64]) -> tuple[NDArray[np.f
     rows = np.arange(len(place))
     matrices = np.zeros((len(place), MIXES, 3, 4), np.float32)
     used = np.zeros((len(place), MIXES), np.bool_)
-    for k, other, factor in ((0, 2, params.brightness), (2, 0, params.saturation)):
+    mixes = {0: brightness_matrix(params.brightness), 2: saturation_matrix(params.saturation)}
+    for k, other in ((0, 2), (2, 0)):
         i = 2 * gap[k] + ((gap[k] == gap[other]) & (place[:, other] < place[:, k]))
-        matrices[rows, i, :, :3] = factor[:, None, None] * np.eye(3)
-        matrices[rows, i, :, 3] = (1 - factor)[:, None] if k == 2 else 0.0
+        matrices[rows, i] = mixes[k]
         used[rows, i] = True
     return matrices, used
+
+
+def brightness_matrix(factor: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(N, 3, 4) for `operators.mix`: each channel times the factor."""
+    matrices = np.zeros((len(factor), 3, 4), np.float32)
+    matrices[:, :, :3] = factor[:, None, None] * np.eye(3)
+    return matrices
+
+
+def saturation_matrix(factor: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(N, 3, 4) for `operators.mix`: a blend with the gray, which stands in the fourth column."""
+    matrices = brightness_matrix(factor)
+    matrices[:, :, 3] = (1 - factor)[:, None]
+    return matrices
 
 
 def box_reach(sigma: float) -> int:

@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -15,27 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dali_pipes.listing import DatasetError, listing
+
 Level = Literal["header", "full"]
 Pathlike = str | os.PathLike[str]
 
-# torchvision.datasets.folder.IMG_EXTENSIONS: what counts as an image by name
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # what DALI decodes, by Pillow's name of the type; MPO is a camera's JPEG with a second picture behind it
 _TYPES = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
 _MOST_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a gigabyte as RGB
 _TAIL = 4096  # bytes in which a JPEG's end marker is looked for; what cameras append is usually less
-_READERS = 16  # threads: most of the work is waiting for the disk
-
-
-class DatasetError(ValueError):
-    """The data on disk cannot be used as asked; one line that names the thing, its value and the mend."""
+READERS = 16  # threads: most of the work is waiting for the disk
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetIndex:
     """Rows of images not known to be bad; made by `scan`, kept by `save` and `load`.
 
-    A flat folder, images without class folders, has no `classes`, and label 0 in every row.
+    A flat folder, images without class folders, and a list without labels have no `classes`, and label 0 in every row.
     """
 
     tree: Path
@@ -67,44 +63,59 @@ class DatasetIndex:
         return digest.hexdigest()[:32]
 
     @classmethod
-    def scan(cls, tree: Pathlike, level: Level = "header") -> "DatasetIndex":
+    def scan(
+        cls, tree: Pathlike, level: Level = "header", progress: Callable[[int, int], None] | None = None
+    ) -> "DatasetIndex":
         """Looks at every image file below `tree`: classes and rows in torchvision's ImageFolder order.
 
         Args:
-            tree: one folder a class (files below it at any depth, links followed), or images without class folders.
+            tree: one folder a class (files below it at any depth, links followed), or images without class folders; or
+                a list file with a line `path[ label]` an image, relative to the list's folder and not leaving it,
+                labels whole numbers from 0 in every line or in none: rows are then in the list's order.
             level: "header" reads type, size and end marker of each file; "full" decodes every pixel.
+            progress: called now and then, at most about a thousand times, with the number of files looked at, and of
+                all; and once at the end.
 
         Raises:
-            DatasetError: no such folder, no images in it, or none that can be read.
+            DatasetError: no such folder or list, no image in it that can be read, or a line of the list is wrong.
         """
-        root = Path(tree)
-        if not root.exists():
-            raise DatasetError(f"{root}: no such folder")
-        if not root.is_dir():
-            raise DatasetError(f"{root} is a file; give the folder that holds the images")
-        classes, files = _find(root)
-        if not files:
-            raise DatasetError(f"{root}: no images in it (looked for {', '.join(_EXTENSIONS)})")
-        # What Pillow warns of is rejected below. The filter is the process's, so it is set around all threads.
-        with warnings.catch_warnings(), ThreadPoolExecutor(_READERS) as pool:
-            warnings.simplefilter("ignore")
-            checks = list(pool.map(partial(check_file, level=level), (os.path.join(root, name) for name, _ in files)))
-        good = [(*file, check) for file, check in zip(files, checks, strict=True) if not check.reason]
-        rejected = [
-            (os.path.join(root, name), check.reason)
-            for (name, _), check in zip(files, checks, strict=True)
-            if check.reason
-        ]
+        found = listing(Path(tree))
+        paths = [os.path.join(found.root, name) for name in found.names]
+        checks = _checked(paths, level, progress)
+        rejected = [(path, check.reason) for path, check in zip(paths, checks, strict=True) if check.reason]
+        good = [row for row, check in enumerate(checks) if not check.reason]
         if not good:
-            raise DatasetError(f"{root}: none of {len(files)} images can be read; {rejected[0][0]}: {rejected[0][1]}")
+            raise DatasetError(f"{tree}: none of {len(paths)} images can be read; {rejected[0][0]}: {rejected[0][1]}")
         return cls(
-            tree=root,
-            names=[name for name, _, _ in good],
-            labels=np.array([label for _, label, _ in good], np.int64),
-            widths=np.array([check.width for _, _, check in good], np.int32),
-            heights=np.array([check.height for _, _, check in good], np.int32),
-            classes=classes,
+            tree=found.root,
+            names=[found.names[row] for row in good],
+            labels=np.array([found.labels[row] for row in good], np.int64),
+            widths=np.array([checks[row].width for row in good], np.int32),
+            heights=np.array([checks[row].height for row in good], np.int32),
+            classes=found.classes,
             rejected=rejected,
+        )
+
+    def lost(self, now: "DatasetIndex") -> list[int] | None:
+        """Rows that a later scan of the tree does not have as they were; None if the two differ in anything else."""
+        if self.classes != now.classes:
+            return None
+        found = {name: row for row, name in enumerate(now.names)}
+        rows = np.array([found.pop(name, -1) for name in self.names], np.int64)
+        if found or (now.labels[rows] != self.labels)[rows >= 0].any():
+            return None
+        same = (rows >= 0) & (now.widths[rows] == self.widths) & (now.heights[rows] == self.heights)
+        return np.flatnonzero(~same).tolist()
+
+    def without(self, rows: Collection[int]) -> "DatasetIndex":
+        """A copy that lacks these rows."""
+        kept = np.setdiff1d(np.arange(len(self)), np.array(sorted(rows), np.int64))
+        return replace(
+            self,
+            names=[self.names[row] for row in kept.tolist()],
+            labels=self.labels[kept],
+            widths=self.widths[kept],
+            heights=self.heights[kept],
         )
 
     def save(self, file: Pathlike) -> None:
@@ -158,6 +169,19 @@ class FileCheck:
     reason: str = ""
 
 
+def _checked(paths: list[str], level: Level, progress: Callable[[int, int], None] | None) -> list[FileCheck]:
+    """All files, many at a time; `progress` is called from here, not from the threads."""
+    checks = []
+    # What Pillow warns of is rejected by `check_file`. The filter is the process's, so it is set around all threads.
+    with warnings.catch_warnings(), ThreadPoolExecutor(READERS) as pool:
+        warnings.simplefilter("ignore")
+        for done, check in enumerate(pool.map(partial(check_file, level=level), paths), start=1):
+            checks.append(check)
+            if progress is not None and (done == len(paths) or done % max(1, len(paths) // 1000) == 0):
+                progress(done, len(paths))
+    return checks
+
+
 def check_file(path: str, level: Level = "header") -> FileCheck:
     """Whether an image file can be used; never raises for what is wrong with the file."""
     try:
@@ -198,22 +222,6 @@ def _ends(file: BinaryIO, size: int, kind: str) -> bool:
     tail = file.read()
     file.seek(place)
     return marks[kind] in tail
-
-
-def _find(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Classes, and (name relative to the root, label) of every file that is an image by its name."""
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    files = []
-    for label, name in enumerate(classes):
-        folders = sorted(os.walk(root / name, followlinks=True))
-        files += [(os.path.relpath(os.path.join(f, n), root), label) for f, _, ns in folders for n in _images(ns)]
-    if files:
-        return tuple(classes), files
-    return (), [(name, 0) for name in _images(entry.name for entry in os.scandir(root) if entry.is_file())]
-
-
-def _images(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if name.lower().endswith(_EXTENSIONS))
 
 
 def _joined(names: list[str]) -> bytes:

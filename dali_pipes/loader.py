@@ -1,12 +1,15 @@
 """What the trainer and the evaluation iterate over."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dali_pipes.failures import gone_bad, tolerated, too_many
 from dali_pipes.graph import OUTPUTS
 from dali_pipes.index import DatasetError, DatasetIndex
 from dali_pipes.plan import EvalPlan, Position, ViewPlan
@@ -49,6 +52,10 @@ class ViewLoader:
     batch_size x world_size, are other ones in every epoch. Which images meet in global batch s and how they are
     augmented depends on `seed`, the recipe and batch_size x world_size alone.
 
+    An image whose file went bad since the scan is reported once, and in its place stands the image one global batch
+    further in the epoch's order (`order.replace_failed`): no other place changes. `failed` lists the rows: those that
+    this rank met, and those that the caller passed on from other ranks by `add_failed`.
+
     Args:
         index: the images.
         recipe: the views.
@@ -60,9 +67,13 @@ class ViewLoader:
         image_size: scales the recipe to views of this size (`Recipe.scaled`).
         output: "uint8": RGB, not normalised; "float16", "float32": normalised with ImageNet's mean and deviation.
         num_threads: DALI's threads of this process.
+        max_failed: images that may go bad before the loader stops (default: `failures.tolerated`, a thousandth of the
+            index and at least 10); 0 stops at the first.
+        on_failed: called with one line for each image that is found bad.
 
     Raises:
-        DatasetError: a batch is larger than this rank's share; while iterating: an image went bad since the scan.
+        DatasetError: a batch is larger than this rank's share; while iterating: too many images went bad, or DALI
+            failed on good ones.
         ValueError: an argument is out of range.
     """
 
@@ -78,6 +89,8 @@ class ViewLoader:
         image_size: int = 224,
         output: str = "uint8",
         num_threads: int = 4,
+        max_failed: int | None = None,
+        on_failed: Callable[[str], None] = warnings.warn,
     ) -> None:
         _check_arguments(batch_size, rank, world_size, num_threads)
         if output not in OUTPUTS:
@@ -91,8 +104,10 @@ class ViewLoader:
             )
         self._plan = ViewPlan(index, recipe.scaled(image_size).views, seed, batch_size, rank, world_size)
         self._stream = Stream(self._plan, _device(device), output, num_threads)
-        self._position = Position(0, 0)
+        self._index, self._position = index, Position(0, 0)
         self._global_batch = batch_size * world_size
+        self._max_failed = tolerated(len(index)) if max_failed is None else max_failed
+        self._on_failed = on_failed
 
     def __len__(self) -> int:
         """Full batches in an epoch, the same for every rank."""
@@ -101,7 +116,7 @@ class ViewLoader:
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._position.epoch
         while self._position.epoch == epoch:
-            rows, views = _take(self._stream, self._plan, self._position)
+            rows, views = self._take()
             # The position moves before the batch is handed over: a state taken in the loop's body goes on behind it.
             self._position = self._plan.after(self._position)
             yield Batch(tuple(view.permute(0, 3, 1, 2) for view in views), torch.from_numpy(rows))
@@ -117,17 +132,38 @@ class ViewLoader:
         if epoch != self._position.epoch:
             self._position = Position(epoch, 0)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position of the next batch: {"epoch", "step", "global_batch"}. The same on every rank."""
-        return {"epoch": self._position.epoch, "step": self._position.step, "global_batch": self._global_batch}
+    @property
+    def failed(self) -> list[int]:
+        """Rows of the index that are known to have gone bad since the scan, sorted."""
+        return sorted(self._plan.failed)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a position; the next batch is the very one that an uninterrupted run would give there.
-
-        The number of ranks may be another one, as long as the global batch is the same.
+    def add_failed(self, rows: Iterable[int]) -> None:
+        """Also treat these rows as failed, such as other ranks met; what they stand in is made anew.
 
         Raises:
-            ValueError: the position is of another global batch size, or past the end of an epoch.
+            DatasetError: these are too many.
+        """
+        news = set(rows) - self._plan.failed
+        if news:
+            self._fail(news, f"one of them is {self._index.path(min(news))}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the next batch and what failed: {"epoch", "step", "global_batch", "failed"}.
+
+        The same on every rank, as far as the ranks have shared what failed.
+        """
+        position = {"epoch": self._position.epoch, "step": self._position.step, "global_batch": self._global_batch}
+        return {**position, "failed": self.failed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position; the next batch is the very one that an uninterrupted run would give there.
+
+        The number of ranks may be another one, as long as the global batch is the same. A state without "failed" is of
+        a run in which no image failed.
+
+        Raises:
+            ValueError: the position is of another global batch size, or past the end of an epoch; or a failed row is
+                none of this index.
         """
         epoch, step, global_batch = state["epoch"], state["step"], state["global_batch"]
         if global_batch != self._global_batch:
@@ -137,11 +173,37 @@ class ViewLoader:
             )
         if epoch < 0 or not 0 <= step < len(self):
             raise ValueError(f"epoch {epoch}, step {step} is no position in epochs of {len(self)} steps")
+        failed = frozenset(state.get("failed", ()))
+        if not all(0 <= row < len(self._index) for row in failed):
+            raise ValueError(f"failed images {sorted(failed)} are not all rows of an index of {len(self._index)}")
+        if failed != self._plan.failed:
+            self._stream.close()  # what is under way was chosen with other failed images in mind
+            self._plan.fail(failed)
         self._position = Position(epoch, step)
 
     def close(self) -> None:
         """Free the pipeline; iterating again builds a new one at the same position."""
         self._stream.close()
+
+    def _take(self) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
+        """The batch at the position. A failure costs a new pipeline and a look at the files, and is rare."""
+        while True:
+            try:
+                return self._stream.take(self._position)
+            except BrokenBatch as broken:
+                rows, failure = broken.rows, str(broken)
+            # Out here, where an error drags neither DALI's traceback nor the broken pipeline along. What was failed
+            # before may be among the rows that were read ahead; it is no news, and explains the failure.
+            for row, reason in gone_bad(self._index, rows, failure).items():
+                if row not in self._plan.failed:
+                    self._on_failed(f"{reason}; it went bad since the scan, and another image takes its place")
+                    self._fail({row}, f"the last is {reason}")
+
+    def _fail(self, news: set[int], last: str) -> None:
+        failed = self._plan.failed | news
+        if len(failed) > self._max_failed:
+            raise too_many(len(failed), self._max_failed, last)
+        self._plan.fail(failed)
 
 
 class EvalLoader:
@@ -228,12 +290,11 @@ def _device(device: str | torch.device) -> torch.device:
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-def _take(
-    stream: Stream, plan: ViewPlan | EvalPlan, position: Position
-) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
+def _take(stream: Stream, plan: EvalPlan, position: Position) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
     """The batch of that position; a failure of DALI's becomes an error that names the files."""
     try:
         return stream.take(position)
     except BrokenBatch as broken:
-        failure = plan.explain(broken.rows, str(broken))
-    raise failure  # out here, where it drags neither DALI's traceback nor the broken pipeline along
+        rows, failure = broken.rows, str(broken)
+    bad = "; ".join(gone_bad(plan.index, rows, failure).values())  # out here, as in ViewLoader._take
+    raise DatasetError(f"gone bad since the images were scanned: {bad}; mend or remove it and scan again")

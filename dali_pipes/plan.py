@@ -1,7 +1,7 @@
 """What stands where: the rows of the index at a position of the data, and what the graph takes for them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_pipes.arguments import Arguments, Window, colour_arguments, crop_arguments
-from dali_pipes.index import DatasetError, DatasetIndex, check_file
-from dali_pipes.order import complete_share, epoch_permutation, equal_share
+from dali_pipes.index import DatasetIndex
+from dali_pipes.order import complete_share, epoch_permutation, equal_share, replace_failed
 from dali_pipes.sampling import SampleParams, sample_params
 from dali_pipes.views import ViewSpec
 
@@ -24,7 +24,7 @@ class Position:
 
 
 class Plan:
-    """The batches of one rank, each a pure function of its position."""
+    """The batches of one rank, each a pure function of its position and of the images known to have failed."""
 
     def __init__(
         self,
@@ -37,7 +37,13 @@ class Plan:
     ) -> None:
         self.index, self.specs, self.seed, self.batch_size = index, tuple(specs), seed, batch_size
         self.rank, self.world_size = rank, world_size
+        self.failed: frozenset[int] = frozenset()  # rows; changed by `fail`
         self._epoch, self._share = -1, np.zeros(0, np.int64)
+
+    def fail(self, rows: Iterable[int]) -> None:
+        """From now on these are the rows that stand in no batch, as far as the kind of plan replaces them."""
+        self.failed = frozenset(rows)
+        self._epoch = -1
 
     @property
     def steps(self) -> int:
@@ -76,22 +82,13 @@ class Plan:
         views = [self.view_arguments(view, rows, epoch) for view in range(len(self.specs))]
         return [files, *(np.ascontiguousarray(array) for arrays in views for array in arrays.values())]
 
-    def explain(self, rows: NDArray[np.int64], failure: str) -> DatasetError:
-        """Why DALI failed on these rows, as far as a second look at the files tells."""
-        paths = [self.index.path(row) for row in rows]
-        reasons = [(path, check_file(path, "full").reason) for path in paths]
-        bad = "; ".join(f"{path}: {reason}" for path, reason in reasons if reason)
-        if bad:
-            return DatasetError(f"gone bad since the images were scanned: {bad}; mend or remove it and scan again")
-        return DatasetError(f"DALI failed on a batch of readable files, the first {paths[0]}: {failure}")
-
     def _draw(self, view: int, rows: NDArray[np.int64], epoch: int) -> SampleParams:
         heights, widths = self.index.heights[rows], self.index.widths[rows]
         return sample_params(self.specs[view], view, self.seed, epoch, rows, heights, widths)
 
 
 class ViewPlan(Plan):
-    """Pre-training: full batches of the epoch's permutation, as many for every rank."""
+    """Pre-training: full batches of the epoch's permutation, as many for every rank; failed images replaced."""
 
     @property
     def steps(self) -> int:
@@ -101,6 +98,7 @@ class ViewPlan(Plan):
     def share(self, epoch: int) -> NDArray[np.int64]:
         """All rows of this rank in that epoch, in order."""
         order = epoch_permutation(len(self.index), self.seed, epoch)
+        order = replace_failed(order, self.failed, self.batch_size * self.world_size)
         return equal_share(order, self.rank, self.world_size)
 
     def view_arguments(self, view: int, rows: NDArray[np.int64], epoch: int) -> Arguments:

@@ -25,8 +25,7 @@ def reference_view(image: Image.Image, spec: ViewSpec, params: SampleParams, i: 
     view = F.resized_crop(image, *box, [spec.size, spec.size], F.InterpolationMode.BILINEAR)
     if params.jitter[i]:
         for operation in params.order[i]:
-            factors = (params.brightness, params.contrast, params.saturation, params.hue)
-            view = _ADJUST[operation](view, float(factors[operation][i]))
+            view = adjusted(view, params, i, operation)
     if params.grayscale[i]:
         view = F.to_grayscale(view, num_output_channels=3)
     if params.blur[i]:
@@ -36,6 +35,12 @@ def reference_view(image: Image.Image, spec: ViewSpec, params: SampleParams, i: 
     if params.flip[i]:
         view = F.hflip(view)
     return view
+
+
+def adjusted(image: Image.Image, params: SampleParams, i: int, operation: int) -> Image.Image:
+    """One of the colour operations: 0 brightness 1 contrast 2 saturation 3 hue."""
+    factors = (params.brightness, params.contrast, params.saturation, params.hue)
+    return _ADJUST[operation](image, float(factors[operation][i]))
 
 
 class ReferenceViews(Dataset):

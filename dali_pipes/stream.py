@@ -15,7 +15,7 @@ _PREFETCH = 2  # batches ready or in work while the reader uses another one
 
 
 class BrokenBatch(RuntimeError):
-    """DALI could not produce the batch of `rows`."""
+    """DALI could not produce the batch of `rows`, or one of those read ahead, which are at the end of `rows`."""
 
     def __init__(self, rows: NDArray[np.int64], reason: str) -> None:
         super().__init__(reason)
@@ -43,8 +43,8 @@ class Stream:
             BrokenBatch: DALI failed on this batch. The stream stays usable.
         """
         under_way = self._feed.under_way
-        if under_way and under_way[0][0] != position:
-            self._drop()
+        if under_way and (under_way[0][0] != position or not self._plan.failed.isdisjoint(under_way[0][1].tolist())):
+            self._drop()  # read ahead for another position, or before one of its images was known to have failed
         if not under_way:
             self._feed.next = position
         if self._pipeline is None:
@@ -55,8 +55,9 @@ class Stream:
             _, rows = under_way.popleft()
             self._run_ahead()
         except RuntimeError as error:
+            ahead = [rows for _, rows in under_way]
             self.close()
-            raise BrokenBatch(self._plan.rows(position), str(error)) from None
+            raise BrokenBatch(np.concatenate([self._plan.rows(position), *ahead]), str(error)) from None
         except BaseException:  # a Ctrl-C between feeding and running: the account no longer holds
             self.close()
             raise

@@ -85,3 +85,40 @@ class Recipe:
 
 MOCO_V3 = Recipe((ViewSpec(blur=1.0, solarize=0.0), ViewSpec(blur=0.1, solarize=0.2)))
 """The two asymmetric chains of the reference. Its ViT runs crop from 0.08 of the area, its ResNet-50 runs from 0.2."""
+
+MOCO_V2 = Recipe((ViewSpec(crop_scale=(0.2, 1.0), saturation=0.4, blur=0.5),) * 2)
+"""Two views of one chain: MoCo's crops and jitter with SimCLR's blur (Chen, Fan, Girshick, He 2020)."""
+
+SIMCLR = Recipe((ViewSpec(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5),) * 2)
+"""Two views of one chain, at colour strength 1 (Chen, Kornblith, Norouzi, Hinton 2020, appendix A).
+
+There the blur's kernel is cut off at a tenth of the view, 23 pixels; here it is Pillow's, as everywhere.
+"""
+
+
+def multi_crop(
+    n_local: int = 8,
+    local_size: int = 96,
+    global_scale: tuple[float, float] = (0.4, 1.0),
+    local_scale: tuple[float, float] = (0.05, 0.4),
+) -> Recipe:
+    """Two global views, then `n_local` smaller views of smaller crops, as in DINO.
+
+    The idea is SwAV's (Caron et al. 2020); sizes, chains and crop scales are those of DINO (Caron et al. 2021, and the
+    defaults of its release). Its colours are BYOL's: view 1 always blurred, view 2 one time
+    in ten and solarized one time in five, local views one time in two. It resizes crops by a cubic kernel; here all
+    are resized by a triangle, as MoCo v3's.
+
+    Args:
+        n_local: number of local views, 0 or more.
+        local_size: their side, pixels; that of the global ones is 224. `Recipe.scaled` keeps the proportion.
+        global_scale: crop area as a share of the image; DINO's longest runs take (0.25, 1).
+        local_scale: likewise; then (0.05, 0.25).
+
+    Raises:
+        ValueError: `n_local` is below 0, or another number out of range.
+    """
+    if n_local < 0:
+        raise ValueError(f"{n_local} local views are too few; use 0 or more")
+    large = tuple(replace(view, crop_scale=global_scale) for view in MOCO_V3.views)
+    return Recipe(large + (ViewSpec(size=local_size, crop_scale=local_scale, blur=0.5),) * n_local)

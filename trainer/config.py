@@ -29,6 +29,8 @@ class Data:
     """Lower bound of the crop's share of the image area, both views."""
     workers: Annotated[int | None, Alias(aliases=["-j"])] = None
     """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
+    max_failed: int | None = None
+    """Images that may go bad during the run, others standing in, before it stops (default: 0.1 %, at least 10)."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,9 @@ class Config:
             below = batch // world_size * world_size
             near = f"{below} or {below + world_size}" if below else f"{world_size}"
             raise ConfigError(f"--batch-size {batch} is not divisible by world size {world_size}; use {near}")
+        if self.model.backbone and not self.model.arch.startswith("vit_"):
+            flags = " ".join(f"--{name.replace('_', '-')} None" for name in self.model.backbone)
+            raise ConfigError(f"--arch {self.model.arch} has no width and depth to set; add {flags}")
         if not 0 < self.data.crop_min <= 1:
             raise ConfigError(f"--crop-min {self.data.crop_min} is not above 0 and at most 1")
         if not 0 <= self.model.moco_m <= 1:
@@ -161,8 +166,8 @@ class Config:
         for flag, value in positive.items():
             if value is not None and value <= 0:
                 raise ConfigError(f"{flag} {value} is not positive")
-        if self.run.keep < 0 or self.optim.seed < 0:
-            raise ConfigError("--keep and --seed take no negative numbers")
+        if min(self.run.keep, self.optim.seed, self.data.max_failed or 0) < 0:
+            raise ConfigError("--keep, --seed and --max-failed take no negative numbers")
         if self.run.dtype == "float64" and self.run.amp not in ("auto", "off"):
             raise ConfigError(f"--dtype float64 with --amp {self.run.amp}: autocast would undo it; use --amp off")
 
@@ -175,7 +180,20 @@ class Config:
 
 # May differ when a run goes on; every other flag changes what is learned and must agree.
 FREE = frozenset(
-    ("data", "workers", "out", "resume", "max_steps", "device", "compile", "knn", "log_every", "keep", "timeout")
+    (
+        "data",
+        "workers",
+        "max_failed",
+        "out",
+        "resume",
+        "max_steps",
+        "device",
+        "compile",
+        "knn",
+        "log_every",
+        "keep",
+        "timeout",
+    )
 )
 
 

@@ -146,8 +146,17 @@ class StopVote:
             self._pending = None
 
 
+def gathered(value: Any) -> list[Any]:
+    """A small picklable value of every rank, in the order of the ranks; the host waits, and every rank must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Mean of a scalar over all ranks, on the device; every rank must call it."""
+    """Mean of a tensor over all ranks, element by element, on the device; every rank must call it."""
     if not dist.is_initialized():
         return value
     total = value.detach().clone()

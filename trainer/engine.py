@@ -1,8 +1,10 @@
 """The training step, and the loop around it."""
 
+import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_pipes import MOCO_V3, Batch, DatasetIndex, ViewLoader
+from dali_pipes import MOCO_V3, Batch, DatasetError, DatasetIndex, ViewLoader
 from model import LARS, MoCoV3, learning_rate, momentum_coefficient
 from trainer import checkpoint
 from trainer.config import Config
-from trainer.distributed import StopVote, World, mean_over_ranks
+from trainer.distributed import StopVote, World, gathered, mean_over_ranks
 from trainer.metrics import Display, MetricsLog, WaitClock
+
+# SyncBN keeps the ranks' buffers equal already. torch 2.14 renamed the switch and warns of the old name.
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers": False
+}
 
 
 class TrainingError(RuntimeError):
@@ -61,7 +69,14 @@ class Engine:
     """Model, optimizer and data of one rank, `step` steps into the schedule."""
 
     def __init__(
-        self, config: Config, world: World, device: torch.device, index: DatasetIndex, model: MoCoV3, threads: int
+        self,
+        config: Config,
+        world: World,
+        device: torch.device,
+        index: DatasetIndex,
+        model: MoCoV3,
+        threads: int,
+        on_failed: Callable[[str], None] = warnings.warn,  # told of each image that this rank finds bad
     ) -> None:
         self.config, self.device, self.world = config, device, world
         self.fingerprint = index.fingerprint
@@ -76,7 +91,10 @@ class Engine:
             image_size=config.data.image_size,
             output="uint8",
             num_threads=threads,
+            max_failed=config.data.max_failed,
+            on_failed=on_failed,
         )
+        self.shared_failed = 0  # images known to all ranks as failed
         self.steps_per_epoch = len(self.loader)
         self.total = config.optim.epochs * self.steps_per_epoch
         self.last = min(self.total, config.run.max_steps or self.total)
@@ -92,12 +110,11 @@ class Engine:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16")
         self.forward: Callable[..., Tensor] = self.model
         if world.torchrun:
-            # SyncBN keeps the ranks' buffers equal already.
             self.forward = DistributedDataParallel(
                 self.model,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                **NO_BUFFER_SYNC,
             )
 
     def train_step(self, views: tuple[Tensor, ...]) -> Tensor:
@@ -135,7 +152,9 @@ class Engine:
         Rank 0 has a `log` and writes the checkpoints.
 
         Raises:
-            TrainingError: the loss is not finite, or the last checkpoint could not be written.
+            TrainingError: the loss is not finite, too many images went bad over all ranks, or the last checkpoint
+                could not be written.
+            DatasetError: too many images went bad on this rank.
         """
         clock, batches = WaitClock(self.device), self._batches()
         read_step, read_time = self.step, time.perf_counter()
@@ -149,7 +168,7 @@ class Engine:
             epoch_ends = self.step % self.steps_per_epoch == 0
             saves = epoch_ends or stopped or self.step == self.last
             if saves or self.step % self.config.run.log_every == 0:
-                mean = self._finite(mean_over_ranks(loss))
+                mean = self._read(loss)
                 elapsed = time.perf_counter() - read_time
                 rate = (self.step - read_step) * self.config.optim.batch_size / elapsed
                 row = {
@@ -161,6 +180,7 @@ class Engine:
                     "images_per_second": rate,
                     "images_per_second_per_gpu": rate / self.world.size,
                     "data_wait": clock.read() / elapsed,
+                    "failed_images": self.shared_failed,
                 }
                 if self.scaler.is_enabled():
                     row["loss_scale"] = self.scaler.get_scale()
@@ -173,8 +193,27 @@ class Engine:
                 read_step, read_time = self.step, time.perf_counter()
         return not stopped
 
-    def _finite(self, loss: Tensor) -> float:
-        value = loss.item()
+    def _read(self, loss: Tensor) -> float:
+        """Mean loss over the ranks, which also share what failed since the last read; every rank must call it."""
+        news = len(self.loader.failed) - self.shared_failed
+        value, any_news = mean_over_ranks(torch.stack([loss, loss.new_tensor(news)])).tolist()
+        if any_news:
+            try:
+                self.set_aside({row for rows in gathered(self.loader.failed) for row in rows})
+            except DatasetError as error:  # of all ranks together, so that every rank has it
+                raise TrainingError(str(error)) from None
+        return self._finite(value)
+
+    def set_aside(self, rows: Iterable[int]) -> None:
+        """Have other images stand in for these, which every rank knows to be bad.
+
+        Raises:
+            DatasetError: they are too many.
+        """
+        self.loader.add_failed(rows)
+        self.shared_failed = len(self.loader.failed)
+
+    def _finite(self, value: float) -> float:
         if value - value != 0:
             raise TrainingError(
                 f"loss is {value} at step {self.step}; the last checkpoint is from before. Try a lower --lr, a longer "
@@ -202,6 +241,7 @@ class Engine:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
+        self.shared_failed = len(self.loader.failed)
         self.step, self.seconds, self.notes = state["step"], state["seconds"], state["notes"]
 
     def _save(self, folder: Path, display: Display) -> None:

@@ -33,7 +33,10 @@ def judgeable(
 
 
 def judge(engine: Engine, index: DatasetIndex, val: DatasetIndex, threads: int) -> float:
-    """k-NN accuracy (0 to 1) of the base encoder's backbone as it stands: bank `index`, queries `val`."""
+    """k-NN accuracy (0 to 1) of the base encoder's backbone as it stands: bank `index`, queries `val`.
+
+    What is known to have gone bad since the scan is left out of the bank.
+    """
     config, size = engine.config, engine.config.data.image_size
 
     def features(images: torch.Tensor) -> torch.Tensor:
@@ -42,7 +45,7 @@ def judge(engine: Engine, index: DatasetIndex, val: DatasetIndex, threads: int) 
 
     parts = []
     engine.model.eval()
-    for each in (index, val):
+    for each in (index.without(engine.loader.failed), val):
         loader = EvalLoader(
             each,
             batch_size=max(1, min(256, config.optim.batch_size // engine.world.size)),

@@ -59,14 +59,15 @@ def _run(argv: list[str], world: World) -> int:
     if world.rank == 0:
         start = prepare(argv, world, display)
         if store is not None:
-            store.set(READY, json.dumps({"flags": start.config.flags(), "checkpoint": str(start.checkpoint or "")}))
+            found = {"flags": start.config.flags(), "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
+            store.set(READY, json.dumps(found))
     else:
         assert store is not None
         found = json.loads(store.get(READY))
         config = configuration.replace(
             configuration.parse(argv), **{name: found["flags"][name] for name in ("amp", "compile")}
         )
-        start = Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None)
+        start = Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None, found["gone"])
 
     try:
         device = choose_device(start.config.run.device, world)
@@ -86,9 +87,10 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     index = DatasetIndex.load(out / TRAIN_INDEX)
     val = DatasetIndex.load(out / VAL_INDEX) if (out / VAL_INDEX).exists() else None
     threads = config.data.workers or _default_workers(world)
-    engine = Engine(config, world, device, index, build_model(config), threads)
+    engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
     if start.checkpoint is not None:
         engine.load_state_dict(checkpoint.load(start.checkpoint))
+    engine.set_aside(start.gone)
     summary = read_summary(out)
     if summary is not None and summary["steps"] == engine.step == engine.last:
         display.say(f"{out} is complete")

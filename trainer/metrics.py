@@ -94,6 +94,7 @@ class Display:
 
     def __init__(self, shown: bool) -> None:
         self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self._any_rank = self.console if shown else Console(highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal and shown
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -114,6 +115,10 @@ class Display:
     def say(self, line: str) -> None:
         """A line of its own."""
         self.console.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        """A line that is shown on whichever rank it arises."""
+        self._any_rank.print(f"warning: {line}", markup=False)
 
     def show(self, row: dict[str, Any]) -> None:
         """A row of metrics."""

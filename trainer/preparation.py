@@ -3,12 +3,13 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from dali_pipes import DatasetIndex
+from dali_pipes.failures import tolerated
 from trainer import checkpoint
 from trainer import config as configuration
 from trainer.config import Config, ConfigError, disagreements
@@ -26,6 +27,7 @@ class Start:
 
     config: Config
     checkpoint: Path | None
+    gone: list[int] = field(default_factory=list)  # rows of the index that are known to be bad by now
     folder: RunFolder | None = None  # rank 0 holds its lock
 
 
@@ -44,6 +46,8 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
 
     tree, val_tree = _trees(config.data.data)
     index = _scan(tree, display)
+    origin = config.run.out if recorded is not None else config.run.resume and config.run.resume.parent
+    index, gone = _as_started(index, origin, config.data.max_failed, display) if origin else (index, [])
     val = _scan(val_tree, display) if val_tree is not None else None
     images = len(index)
     if config.optim.batch_size > images:
@@ -74,7 +78,7 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
     (config.run.out / VAL_INDEX).unlink(missing_ok=True)
     if val is not None:
         val.save(config.run.out / VAL_INDEX)
-    return Start(config, file, folder)
+    return Start(config, file, gone, folder)
 
 
 def resolve(config: Config, device: torch.device, say: Callable[[str], None], amp_before: str | None = None) -> Config:
@@ -102,6 +106,23 @@ def _trees(data: Path) -> tuple[Path, Path | None]:
     if not train.is_dir():
         return data, None
     return train, val if val.is_dir() else None
+
+
+def _as_started(now: DatasetIndex, origin: Path, most: int | None, display: Display) -> tuple[DatasetIndex, list[int]]:
+    """The index of the run in `origin` and its rows that went bad since, if they are few and nothing else changed.
+
+    Without it a run that outlived a bad file could not be continued: a new scan sets the file aside, and so has other
+    rows. An index that differs more is returned as it is, and refused by its fingerprint.
+    """
+    file = origin / TRAIN_INDEX
+    if not file.exists():
+        return now, []
+    started = DatasetIndex.load(file, tree=now.tree)
+    gone = started.lost(now)
+    if not gone or len(gone) > (tolerated(len(started)) if most is None else most):
+        return now, []
+    display.say(f"{len(gone)} images went bad since the run started, first {started.path(gone[0])}; others stand in")
+    return started, gone
 
 
 def _scan(tree: Path, display: Display) -> DatasetIndex:

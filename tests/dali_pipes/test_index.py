@@ -74,6 +74,65 @@ def test_too_many_pixels(tmp_path):
     assert "exceeds limit" in index.rejected[1][1]
 
 
+def test_a_list_gives_the_rows_and_their_order(tree):
+    (tree / "b" / "two words 3.jpg").write_bytes(encoded(picture(8), "JPEG"))
+    (tree / "odd\udcff.jpg").write_bytes(encoded(picture(9), "JPEG"))
+    lines = [b"b/10.jpg 3", b"", b"./a/x.JPEG\t0", b"b/two words 3.jpg 1", b"  odd\xff.jpg 1  ", b"gone.jpg 2"]
+    (tree / "list.txt").write_bytes(b"\n".join(lines))
+    index = DatasetIndex.scan(tree / "list.txt")
+    assert index.names == ["b/10.jpg", "a/x.JPEG", "b/two words 3.jpg", "odd\udcff.jpg"]
+    assert index.labels.tolist() == [3, 0, 1, 1]
+    assert index.classes == ("0", "1", "2", "3")
+    assert index.tree == tree
+    assert [path for path, _ in index.rejected] == [str(tree / "gone.jpg")]
+    assert all(Image.open(path) for path in index.paths)
+
+
+def test_a_list_without_labels(tree):
+    (tree / "list.txt").write_text("b/2.jpg\nloose.jpg\n")
+    index = DatasetIndex.scan(tree / "list.txt")
+    assert (index.names, index.classes, index.labels.tolist()) == (["b/2.jpg", "loose.jpg"], (), [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("b/2.jpg\n../tree/a/y.jpg", r"list.txt, line 2: ../tree/a/y.jpg is outside of the list's folder"),
+        ("b/../../x.jpg 1", r"line 1: ../x.jpg is outside"),
+        ("/etc/x.jpg", "line 1: /etc/x.jpg is outside"),
+        ("b/2.jpg 1\nb/10.jpg", "line 2: give a label in every line or in none"),
+        ("b/2.jpg\nb/./2.jpg", "line 2: b/2.jpg was listed before"),
+        ("b/2.jpg 20260101", "line 1: label 20260101 is not below 1000000"),
+    ],
+)
+def test_a_wrong_line_is_named(tree, lines, message):
+    (tree / "list.txt").write_text(lines)
+    with pytest.raises(DatasetError, match=message):
+        DatasetIndex.scan(tree / "list.txt")
+
+
+def test_progress_counts_up_to_all_files(photos, tree):
+    seen: list[tuple[int, int]] = []
+    DatasetIndex.scan(tree, progress=lambda done, count: seen.append((done, count)))
+    assert seen == [(done, 7) for done in range(1, 8)]
+
+
+def test_what_a_later_scan_has_lost(tree):
+    index = DatasetIndex.scan(tree)
+    assert index.lost(index) == []
+    (tree / "a" / "y.jpg").unlink()
+    (tree / "b" / "2.jpg").write_bytes(encoded(picture(0, 9, 9), "JPEG"))
+    (tree / "B" / "z.webp").write_bytes(b"")
+    now = DatasetIndex.scan(tree)
+    lost = index.lost(now)
+    assert lost is not None
+    assert sorted(index.names[row] for row in lost) == ["B/z.webp", "a/y.jpg", "b/2.jpg"]
+    assert index.without(lost).names == [name for row, name in enumerate(index.names) if row not in lost]
+    assert len(index.without(lost).labels) == len(index) - 3
+    (tree / "a" / "new.jpg").write_bytes(encoded(picture(0), "JPEG"))
+    assert index.lost(DatasetIndex.scan(tree)) is None  # not only lost
+
+
 def test_a_flat_folder_has_no_classes(photos):
     assert photos.classes == ()
     assert len(photos) == 12
@@ -115,7 +174,9 @@ def test_fingerprint_is_of_rows_and_their_order(tree):
     ("make", "message"),
     [
         (lambda root: None, "no such folder"),
-        (lambda root: root.write_text("x"), "is a file; give the folder"),
+        (lambda root: root.write_text("x"), "none of 1 images can be read; .*x: .*No such file"),
+        (lambda root: root.write_text("\n"), "no images in it"),
+        (lambda root: root.write_bytes(encoded(picture(0), "JPEG")), "is neither a folder of images nor a list"),
         (lambda root: root.mkdir(), "no images in it"),
         (lambda root: (root.mkdir(), (root / "a.jpg").write_text("x")), "none of 1 images can be read; .*not an image"),
     ],

@@ -6,29 +6,25 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as F
-from nvidia.dali import fn, pipeline_def
 from PIL import Image, ImageFilter, ImageOps
 
-from dali_pipes import MOCO_V3, ViewSpec, operators, sample_params
-from dali_pipes.arguments import LUMA, Window, box_reach, box_taps, colour_arguments, crop_arguments
-from tests.dali_pipes.compare import Gap
+from dali_pipes import MOCO_V3, ViewSpec, alone, operators, sample_params
+from dali_pipes.arguments import (
+    LUMA,
+    Window,
+    box_reach,
+    box_taps,
+    brightness_matrix,
+    colour_arguments,
+    crop_arguments,
+    saturation_matrix,
+)
+from dali_pipes.gap import Gap
 
 
 def apply(operator, images, **inputs):
     """operator(image, {name: node}) on every image, each with its row of every input."""
-    images = [np.asarray(image) for image in images]
-
-    @pipeline_def(
-        batch_size=len(images), num_threads=2, device_id=None, prefetch_queue_depth=1, enable_conditionals=True
-    )
-    def graph():
-        image = fn.external_source(source=lambda: images, batch=True, layout="HWC")
-        arrays = [np.ascontiguousarray(array) for array in inputs.values()]
-        nodes = fn.external_source(source=lambda: arrays, num_outputs=len(arrays), batch=True) if arrays else []
-        return operator(image, dict(zip(inputs, nodes)))  # noqa: B905 (AutoGraph's zip knows no strict)
-
-    (output,) = graph().run()
-    return [np.asarray(output[i]) for i in range(len(images))]
+    return alone.apply([operator], images, inputs)[0]
 
 
 def pillow(squares, operation, factors):
@@ -73,8 +69,7 @@ def test_crop_of_extreme_boxes(pictures, box):
 
 def test_brightness(squares):
     factors = drawn(0.6, 1.4, len(squares))
-    matrices = np.zeros((len(squares), 3, 4), np.float32)
-    matrices[:, :, :3] = factors[:, None, None] * np.eye(3)
+    matrices = brightness_matrix(factors)
     ours = apply(lambda x, p: operators.mix(x, p["matrix"]), squares, matrix=matrices)
     gap = Gap.between(ours, pillow(squares, F.adjust_brightness, factors))
     assert gap.mean < 0.002
@@ -83,9 +78,7 @@ def test_brightness(squares):
 
 def test_saturation(squares):
     factors = drawn(0.8, 1.2, len(squares))
-    matrices = np.zeros((len(squares), 3, 4), np.float32)
-    matrices[:, :, :3] = factors[:, None, None] * np.eye(3)
-    matrices[:, :, 3] = 1 - factors[:, None]
+    matrices = saturation_matrix(factors)
     ours = apply(lambda x, p: operators.mix(x, p["matrix"]), squares, matrix=matrices)
     gap = Gap.between(ours, pillow(squares, F.adjust_saturation, factors))
     assert gap.mean < 0.002

@@ -4,9 +4,11 @@ import torch
 import torchvision.transforms as T
 from PIL import ImageFilter
 
-from dali_pipes import MOCO_V3, Recipe, ViewLoader, ViewSpec, sample_params
-from dali_pipes.reference import ReferenceViews, load_image, reference_view
-from tests.dali_pipes.compare import Gap
+from dali_pipes import MOCO_V2, MOCO_V3, SIMCLR, Recipe, ViewLoader, ViewSpec, multi_crop, sample_params
+from dali_pipes.alone import decoder_gap
+from dali_pipes.equality import view_gaps
+from dali_pipes.gap import Gap
+from dali_pipes.reference import ReferenceViews, reference_view
 from tests.dali_pipes.odd_files import GOOD, write_odd_files
 
 
@@ -28,33 +30,28 @@ def test_reference_is_torchvisions_transforms_with_the_dice_fixed(pictures):
         assert np.array_equal(np.asarray(reference_view(picture, spec, p, i)), np.asarray(view))
 
 
-def gaps(index, recipe, draws, size):
-    """Of each view of the loader to the reference, over `draws` images at least."""
-    loader = ViewLoader(index, recipe=recipe, batch_size=len(index), seed=11, image_size=size, num_threads=2)
-    pairs: list[tuple[list, list]] = [([], []) for _ in recipe.views]
-    for epoch in range(-(-draws // len(index))):
-        reference = ReferenceViews(index, recipe.scaled(size), seed=11, epoch=epoch)
-        for batch in loader:
-            for place, row in enumerate(batch.indices.tolist()):
-                for view, (ours, theirs) in enumerate(pairs):
-                    ours.append(batch.views[view][place])
-                    theirs.append(reference[row][0][view])
-    return [Gap.between(ours, theirs) for ours, theirs in pairs]
-
-
 @pytest.mark.parametrize("crop_min", [0.08, 0.2])
 @pytest.mark.parametrize("size", [224, 96, 32])
 def test_views_equal_torchvisions(photos, size, crop_min):
-    for gap in gaps(photos, MOCO_V3.with_crop_min(crop_min), 36, size):
+    for gap in view_gaps(photos, MOCO_V3.with_crop_min(crop_min), size, draws=36, seed=11):
         assert gap.mean < 0.02
         assert gap.by_more < 0.003
+
+
+@pytest.mark.parametrize("size", [224, 96, 32])
+@pytest.mark.parametrize("recipe", [MOCO_V2, SIMCLR, multi_crop(n_local=2)], ids=["moco-v2", "simclr", "multi-crop"])
+def test_views_of_other_recipes(photos, recipe, size):
+    for gap in view_gaps(photos, recipe, size, draws=12, seed=5):
+        assert gap.mean < 0.05
+        assert gap.by_more < 0.005
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("crop_min", [0.08, 0.2])
 @pytest.mark.parametrize("size", [224, 96, 32])
 def test_views_equal_torchvisions_over_a_thousand_draws(photos, size, crop_min):
-    for view, gap in enumerate(gaps(photos, MOCO_V3.with_crop_min(crop_min), 1000, size), start=1):
+    recipe = MOCO_V3.with_crop_min(crop_min)
+    for view, gap in enumerate(view_gaps(photos, recipe, size, draws=1000, seed=11), start=1):
         print(f"\n{size} px, crop_min {crop_min}, view {view}: {gap}", end="")
         assert gap.mean < 0.02
         assert gap.by_more < 0.002
@@ -64,23 +61,7 @@ def test_decoded_pixels_are_pillows(tmp_path, photos, pictures):
     """Of photographs and of every odd file that the index keeps, at full size: not a bit differs."""
     write_odd_files(tmp_path / "odd", pictures[0])
     paths = photos.paths + [str(tmp_path / "odd" / name) for name in GOOD]
-    theirs = [np.asarray(load_image(path)) for path in paths]
-    for mine, other in zip(decode(paths), theirs, strict=True):
-        assert np.array_equal(mine, other)
-
-
-def decode(paths):
-    from nvidia.dali import fn, pipeline_def
-
-    from dali_pipes.graph import decoded
-
-    @pipeline_def(batch_size=len(paths), num_threads=2, device_id=None, prefetch_queue_depth=1)
-    def graph():
-        names = [np.frombuffer(path.encode(), np.uint8) for path in paths]
-        return decoded(fn.external_source(source=lambda: names, batch=True), on_gpu=False)
-
-    (output,) = graph().run()
-    return [np.asarray(output[i]) for i in range(len(paths))]
+    assert decoder_gap(paths).most == 0
 
 
 def test_any_number_of_views(photos):

@@ -146,6 +146,7 @@ def test_compiled_follows_eager(train, losses):
 @pytest.mark.parametrize("arch", ["vit_small", "resnet50"])
 def test_the_published_backbones_train(arch, sample, train, losses):
     flags = ["--arch", arch, "--no-knn", "--max-steps", 3, "--batch-size", 8, "--warmup-epochs", 0]
+    flags += ["--embed-dim", None, "--depth", None, "--num-heads", None]
     if arch == "resnet50":
         flags += ["--optimizer", "lars", "--lr", 0.3]
     assert train(*flags) == 0

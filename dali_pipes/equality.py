@@ -1,0 +1,162 @@
+"""How far the augmentations are from Pillow and torchvision, on your own images.
+
+    python -m dali_pipes.equality --data DIR --sizes 224 96 32 --draws 100
+
+A row an operator, by itself on the pixels that torchvision has before it; and a row a view, as the loader that trains
+gives it. Both sides are given the same parameters, and start from the same files.
+"""
+
+import itertools
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from dali_pipes.alone import decoder_gap, operator_gaps
+from dali_pipes.gap import Gap
+from dali_pipes.index import DatasetIndex
+from dali_pipes.loader import ViewLoader
+from dali_pipes.order import epoch_permutation
+from dali_pipes.reference import load_image, reference_view
+from dali_pipes.sampling import sample_params
+from dali_pipes.views import MOCO_V2, MOCO_V3, SIMCLR, Recipe, multi_crop
+
+# Of DINO's local views two show what eight would: they are of one chain.
+RECIPES = {"moco-v3": MOCO_V3, "moco-v2": MOCO_V2, "simclr": SIMCLR, "multi-crop": multi_crop(2)}
+_BATCH = 16  # images in memory at a time, decoded
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `mean` and `most` in grey levels, the shares 0 to 1."""
+
+    size: int | None  # of the view, pixels; None: at the image's own size
+    what: str
+    mean: float
+    most: int
+    differ: float
+    by_more: float
+
+    @classmethod
+    def of(cls, size: int | None, what: str, gap: Gap) -> "Row":
+        """A gap under a name."""
+        return cls(size, what, gap.mean, gap.most, gap.differ, gap.by_more)
+
+
+def main(
+    data: Path,
+    sizes: tuple[int, ...] = (224, 96, 32),
+    draws: int = 100,
+    device: Literal["cpu", "cuda"] = "cpu",
+    recipe: Literal["moco-v3", "moco-v2", "simclr", "multi-crop"] = "moco-v3",
+    seed: int = 0,
+    file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Prints how far each operator and each view is from Pillow and torchvision, in grey levels from 0 to 255.
+
+    Args:
+        data: folder of images; its train/, if there is one.
+        sizes: of the views, pixels; of the largest one, if they differ.
+        draws: of parameters; images are taken in the order of a run's epochs, again if there are fewer.
+        device: where to decode and augment; on cuda the views also show the decoder's own difference.
+        recipe: whose views; the operators by themselves have the strengths of its first view.
+        seed: of the order and of what is drawn.
+        file: also write the table here, as JSON.
+    """
+    if draws < 1 or min(sizes, default=0) < 1:
+        raise ValueError(f"--draws {draws} --sizes {' '.join(map(str, sizes))}: give numbers above 0")
+    index = DatasetIndex.scan(data / "train" if (data / "train").is_dir() else data)
+    rows = table(index, RECIPES[recipe], sizes, draws, device, seed)
+    versions = {name: version(name) for name in ("pillow", "torchvision", "nvidia-dali-cuda120")}
+    title = f"{recipe}, {draws} draws over {len(index)} images, {device}; " + ", ".join(map(" ".join, versions.items()))
+    # Piped, the width of a terminal is not known: nothing is to be cut off.
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(_drawn(rows, title))
+    if file is not None:
+        facts = {"data": str(data), "images": len(index), "recipe": recipe, "draws": draws, "device": device}
+        content = {**facts, "seed": seed, "versions": versions, "rows": [asdict(row) for row in rows]}
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def table(
+    index: DatasetIndex, recipe: Recipe, sizes: Sequence[int], draws: int, device: str = "cpu", seed: int = 0
+) -> list[Row]:
+    """The decoder, then for each size every operator and every view of the recipe."""
+    decoder = Gap()
+    for rows, _ in _chunks(index, min(draws, len(index)), seed):
+        decoder += decoder_gap([index.path(row) for row in rows], device)
+    found = [Row.of(None, "decoder", decoder)]
+    for size in sizes:
+        spec, alone = recipe.scaled(size).views[0], defaultdict[str, Gap](Gap)
+        for rows, epoch in _chunks(index, draws, seed):
+            images = [load_image(index.path(row)) for row in rows]
+            params = sample_params(spec, 0, seed, epoch, rows, index.heights[rows], index.widths[rows])
+            for name, gap in operator_gaps(images, spec, params, device).items():
+                alone[name] += gap
+        found += [Row.of(spec.size, name, gap) for name, gap in alone.items()]
+        views = view_gaps(index, recipe, size, draws, device, seed)
+        found += [Row.of(size, f"view {number}", gap) for number, gap in enumerate(views, start=1)]
+    return found
+
+
+def view_gaps(
+    index: DatasetIndex, recipe: Recipe, size: int, draws: int, device: str = "cpu", seed: int = 0
+) -> list[Gap]:
+    """Of each view of the loader to the reference, over that many images, in the order of its epochs."""
+    batch_size = min(_BATCH, len(index))
+    loader = ViewLoader(index, recipe, batch_size, seed, device=device, image_size=size, num_threads=2)
+    specs = recipe.scaled(size).views
+    gaps, left = [Gap() for _ in specs], draws
+    for epoch in itertools.count():
+        for batch in loader:
+            rows = batch.indices.numpy()[:left]
+            images = [load_image(index.path(row)) for row in rows]
+            for view, spec in enumerate(specs):
+                params = sample_params(spec, view, seed, epoch, rows, index.heights[rows], index.widths[rows])
+                theirs = [reference_view(image, spec, params, i) for i, image in enumerate(images)]
+                ours = batch.views[view][: len(rows)].permute(0, 2, 3, 1).cpu().numpy()
+                gaps[view] += Gap.between(ours, theirs)
+            left -= len(rows)
+            if not left:
+                loader.close()
+                return gaps
+    raise AssertionError  # the epochs do not end
+
+
+def _chunks(index: DatasetIndex, draws: int, seed: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Rows of the index, few at a time, in the order of the epochs, and which epoch they are of."""
+    for epoch in range(-(-draws // len(index))):
+        order = epoch_permutation(len(index), seed, epoch)[: draws - epoch * len(index)]
+        for start in range(0, len(order), _BATCH):
+            yield order[start : start + _BATCH], epoch
+
+
+def _drawn(rows: list[Row], title: str) -> Table:
+    shown = Table(title=title, title_justify="left")
+    for name in ("size", "what"):
+        shown.add_column(name)
+    for name in ("mean absolute error", "max", "differ", "off by more than 1"):
+        shown.add_column(name, justify="right")
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before.size != row.size:
+            shown.add_section()
+        size = "full" if row.size is None else str(row.size)
+        shown.add_row(size, row.what, f"{row.mean:.5f}", str(row.most), f"{row.differ:.3%}", f"{row.by_more:.4%}")
+    return shown
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, prog="python -m dali_pipes.equality")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

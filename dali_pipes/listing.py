@@ -1,0 +1,88 @@
+"""Which files a dataset consists of, and their labels: a tree of class folders, a flat folder, or a list file."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+# torchvision.datasets.folder.IMG_EXTENSIONS: what counts as an image by name in a folder
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_MOST_LABELS = 1_000_000  # in a list: above, the number is no class, and a table of classes would fill the memory
+
+
+class DatasetError(ValueError):
+    """The data on disk cannot be used as asked; one line that names the thing, its value and the mend."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files that are images by their names, nothing read yet: names relative to `root`, with "/"."""
+
+    root: Path
+    classes: tuple[str, ...]  # empty: no labels, and 0 in every row
+    names: list[str]
+    labels: list[int]
+
+
+def listing(path: Path) -> Listing:
+    """The files of a folder, in the order of torchvision's ImageFolder, or of a list file, in its own order.
+
+    Raises:
+        DatasetError: there is nothing there, no image in it, or a line of the list cannot be used.
+    """
+    if not path.exists():
+        raise DatasetError(f"{path}: no such folder")
+    found = _tree(path) if path.is_dir() else _list(path)
+    if not found.names:
+        raise DatasetError(f"{path}: no images in it" + (f" (looked for {', '.join(_EXTENSIONS)})" * path.is_dir()))
+    return found
+
+
+def _tree(root: Path) -> Listing:
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    files = []
+    for label, name in enumerate(classes):
+        folders = sorted(os.walk(root / name, followlinks=True))
+        files += [(os.path.relpath(os.path.join(f, n), root), label) for f, _, ns in folders for n in _images(ns)]
+    if files:
+        return Listing(root, tuple(classes), [name for name, _ in files], [label for _, label in files])
+    names = _images(entry.name for entry in os.scandir(root) if entry.is_file())
+    return Listing(root, (), names, [0] * len(names))
+
+
+def _images(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.lower().endswith(_EXTENSIONS))
+
+
+def _list(file: Path) -> Listing:
+    """Lines of `path` or `path label`; a last word that is a whole number is the label, so paths may hold blanks."""
+    with open(file, "rb") as stream:
+        if b"\0" in stream.read(4096):
+            raise DatasetError(f"{file} is neither a folder of images nor a list of them, one `path[ label]` a line")
+    names: dict[str, int] = {}
+    labelled: set[bool] = set()
+    # What is no UTF-8 in a name stays as the bytes it is.
+    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            name, label = _entry(line.strip(), f"{file}, line {number}")
+            if name in names:
+                raise DatasetError(f"{file}, line {number}: {name} was listed before; name each image once")
+            names[name] = label or 0
+            labelled.add(label is not None)
+            if len(labelled) == 2:
+                raise DatasetError(f"{file}, line {number}: give a label in every line or in none")
+    classes = map(str, range(max(names.values()) + 1)) if labelled == {True} else ()
+    return Listing(file.parent, tuple(classes), list(names), list(names.values()))
+
+
+def _entry(line: str, place: str) -> tuple[str, int | None]:
+    path, _, last = line.rpartition(" ") if " " in line else line.rpartition("\t")
+    label = int(last) if path and last.isdecimal() else None
+    name = os.path.normpath(line if label is None else path.rstrip())
+    if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+        raise DatasetError(f"{place}: {name} is outside of the list's folder; name images below it, relative to it")
+    if label is not None and label >= _MOST_LABELS:
+        raise DatasetError(f"{place}: label {label} is not below {_MOST_LABELS}; number the classes from 0")
+    return name, label

@@ -1,0 +1,61 @@
+"""The table that tells a user how far the augmentations are from torchvision's, on any folder."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dali_pipes import MOCO_V3
+from dali_pipes.equality import main, table
+from dali_pipes.gap import Gap
+from tests.dali_pipes.conftest import PHOTOS
+
+OPERATORS = [
+    *("crop and resize", "brightness", "contrast", "saturation", "hue", "jitter in its own order"),
+    *("grayscale", "blur", "solarize", "flip", "view 1", "view 2"),
+]
+
+
+def test_the_gap_of_images():
+    a, b = np.array([[0, 10], [255, 7]], np.uint8), np.array([[0, 11], [250, 7]], np.uint8)
+    gap = Gap.between([a, a], [b, a])
+    assert (gap.mean, gap.most, gap.differ, gap.by_more) == (6 / 8, 5, 2 / 8, 1 / 8)
+    again = Gap.between([a], [b]) + Gap.between([a], [a])
+    assert str(again) == str(gap)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        Gap.between([a], [b[:1]])
+
+
+def test_every_operator_and_view_is_within_the_limits(photos):
+    decoder, *rows = table(photos, MOCO_V3, (96, 32), draws=20)
+    assert (decoder.size, decoder.what, decoder.most) == (None, "decoder", 0)
+    assert [(row.size, row.what) for row in rows] == [(size, what) for size in (96, 32) for what in OPERATORS]
+    for row in rows:
+        assert row.mean < 0.05, row
+        assert row.by_more < 0.005, row
+        assert row.mean <= row.most
+
+
+def test_the_table_and_the_file(tmp_path, capsys):
+    main(PHOTOS, sizes=(32,), draws=3, recipe="multi-crop", file=tmp_path / "equality.json")
+    printed = capsys.readouterr().out
+    for what in ("decoder", "hue", "view 4", "off by more than 1"):
+        assert what in printed
+    written = json.loads((tmp_path / "equality.json").read_text())
+    assert (written["images"], written["draws"], written["device"]) == (12, 3, "cpu")
+    assert written["versions"].keys() == {"pillow", "torchvision", "nvidia-dali-cuda120"}
+    assert written["rows"][-1].keys() == {"size", "what", "mean", "most", "differ", "by_more"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--data", "/nowhere"], "/nowhere: no such folder"), (["--data", PHOTOS, "--draws", 0], "--draws 0")],
+)
+def test_wrong_use_is_one_line(flags, message):
+    command = [sys.executable, "-m", "dali_pipes.equality", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,295 @@
+"""Files that go bad while a run reads them: it goes on, and every other slot of every batch is as it was to be."""
+
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dali_pipes import MOCO_V3, DatasetError, DatasetIndex, ViewLoader
+from dali_pipes.failures import tolerated
+from dali_pipes.gap import Gap
+from dali_pipes.order import epoch_permutation, equal_share, replace_failed
+from dali_pipes.reference import ReferenceViews
+from tests.dali_pipes.odd_files import encoded, picture
+
+COUNT, BATCH, STEPS = 25, 4, 6  # one image is left over
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:400])
+
+
+def delete(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zero(path):
+    path.write_bytes(bytes(len(path.read_bytes())))
+
+
+def shrink(path):
+    path.write_bytes(encoded(picture(99, 12, 16), "JPEG"))
+
+
+DAMAGE = [truncate, delete, empty, zero, shrink]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    root = tmp_path_factory.mktemp("original")
+    for i in range(COUNT):
+        (root / f"{i:02d}.jpg").write_bytes(encoded(picture(i), "JPEG"))
+    return root
+
+
+@pytest.fixture
+def index(original, tmp_path):
+    return DatasetIndex.scan(shutil.copytree(original, tmp_path / "images"))
+
+
+def make(index, batch_size=BATCH, **options):
+    options = {"seed": 3, "on_failed": lambda line: None, **options}
+    return ViewLoader(index, batch_size=batch_size, image_size=16, num_threads=2, **options)
+
+
+def copied(loader, epochs=1):
+    """[(rows, views)] of whole epochs."""
+    return [(batch.indices.tolist(), [view.clone() for view in batch.views]) for _ in range(epochs) for batch in loader]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(original):
+    return copied(make(DatasetIndex.scan(original)), epochs=3)
+
+
+def reader(index, undisturbed, step):
+    """A loader that has read up to global batch `step`, with two more in flight; and the batches it gave."""
+    loader = make(index)
+    batches = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            batches.append((batch.indices.tolist(), [view.clone() for view in batch.views]))
+            if len(batches) == step:
+                return loader, batches
+    raise AssertionError
+
+
+def expected(epoch, step, slot, failed):
+    """One global batch further in the epoch's order, then two, …, wrapping: the first that has not failed."""
+    column = epoch_permutation(COUNT, 3, epoch)[slot::BATCH].tolist()
+    return next(row for row in column[step + 1 :] + column[:step] if row not in failed)
+
+
+def check_slots(batches, undisturbed, failed, first=0):
+    """Every slot is the undisturbed run's, but those of `failed`, from step `first` on, hold the rule's image."""
+    assert len(batches) == len(undisturbed)
+    replaced = 0
+    for step, ((rows, views), (old_rows, old_views)) in enumerate(zip(batches, undisturbed, strict=True)):
+        assert len(set(rows)) == len(rows)
+        for slot, old in enumerate(old_rows):
+            if old in failed and step >= first:
+                replaced += 1
+                assert rows[slot] == expected(step // STEPS, step % STEPS, slot, failed)
+            else:
+                assert rows[slot] == old
+                assert all(torch.equal(a[slot], b[slot]) for a, b in zip(views, old_views, strict=True))
+    return replaced
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_run_goes_on_and_no_other_slot_changes(index, undisturbed, damage):
+    """The file is damaged after its first epoch was read, so that it was good once."""
+    lines: list[str] = []
+    victim = undisturbed[STEPS + 3][0][1]  # slot 1 of step 3 in epoch 1
+    loader = make(index, on_failed=lines.append)
+    batches = copied(loader)
+    path = index.tree / index.names[victim]
+    time.sleep(0.2)  # what is in flight has been read
+    damage(path)
+    batches += copied(loader, epochs=2)
+
+    assert check_slots(batches, undisturbed, {victim}, first=STEPS) == 2  # once an epoch
+    assert batches[STEPS + 3][0][1] == undisturbed[STEPS + 4][0][1]  # the image one global batch further
+    (line,) = lines
+    assert line.startswith(f"{path}: ")
+    assert "\n" not in line
+    assert loader.failed == [victim]
+
+    # The replacement's views are its own: drawn for it in this epoch, as it is seen one batch later.
+    replacement = batches[STEPS + 3][1]
+    for mine, own in zip(replacement, undisturbed[STEPS + 4][1], strict=True):
+        assert torch.equal(mine[1], own[1])
+
+
+def test_a_replacement_is_what_the_reference_draws_for_it(index, undisturbed):
+    victim = undisturbed[0][0][0]
+    delete(index.tree / index.names[victim])
+    loader = make(index)
+    rows, views = copied(loader)[0]
+    assert rows[0] == undisturbed[1][0][0]
+    reference = ReferenceViews(index, MOCO_V3.scaled(16), seed=3)
+    for mine, theirs in zip(views, reference[rows[0]][0], strict=True):
+        assert Gap.between([mine[0]], [theirs]).mean < 0.05
+
+
+def test_several_bad_files_also_in_one_slots_column(index, undisturbed):
+    """The replacement of the first is bad, too, and the last batch of the epoch wraps to its beginning."""
+    failed = {undisturbed[2][0][2], undisturbed[3][0][2], undisturbed[2][0][0], undisturbed[STEPS - 1][0][3]}
+    for row in failed:
+        truncate(index.tree / index.names[row])
+    lines: list[str] = []
+    loader = make(index, on_failed=lines.append)
+    batches = copied(loader, epochs=3)
+    assert check_slots(batches, undisturbed, failed) >= 10  # four an epoch, less where one of them sits out
+    assert batches[2][0][2] == undisturbed[4][0][2]
+    assert len(lines) == 4
+    assert loader.failed == sorted(failed)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 7])
+def test_resume_after_a_failure_is_exact(index, undisturbed, stop):
+    """From the state in the checkpoint, on another loader: the state knows what failed, or it is met again."""
+    victim = undisturbed[3][0][0]
+    truncate(index.tree / index.names[victim])
+    loader, batches = reader(index, undisturbed, stop)
+    state = loader.state_dict()
+    assert state["failed"] == ([victim] if stop > 3 else [])
+    rest: list[tuple] = []
+    while len(batches) + len(rest) < 3 * STEPS:
+        rest += copied(loader)
+
+    lines: list[str] = []
+    resumed = make(index, on_failed=lines.append)
+    resumed.load_state_dict(state)
+    again = copied(resumed)
+    while len(batches) + len(again) < 3 * STEPS:
+        again += copied(resumed)
+    for (rows, views), (other_rows, other_views) in zip(again, rest, strict=True):
+        assert rows == other_rows
+        assert all(torch.equal(a, b) for a, b in zip(views, other_views, strict=True))
+    assert len(lines) == (0 if stop > 3 else 1)
+
+
+def test_broken_pipelines_are_freed(index, undisturbed):
+    before = len(os.listdir("/proc/self/task"))
+    for step in range(STEPS):
+        truncate(index.tree / index.names[undisturbed[step][0][0]])
+        delete(index.tree / index.names[undisturbed[step][0][1]])
+    loader = make(index, max_failed=12)
+    with pytest.raises(DatasetError, match="at a global batch of 4 none is left"):  # of a whole column
+        copied(loader)
+    loader.close()
+    assert len(os.listdir("/proc/self/task")) <= before
+
+
+def test_a_bad_file_that_is_read_ahead_leaves_the_batch_before_it_as_it_is(index, undisturbed):
+    victim = undisturbed[2][0][0]
+    truncate(index.tree / index.names[victim])
+    loader = make(index)
+    batches = []
+    for batch in loader:
+        batches.append((batch.indices.tolist(), [view.clone() for view in batch.views]))
+        time.sleep(0.1)  # DALI meets the next bad file while this batch is in use
+    check_slots(batches, undisturbed[:STEPS], {victim})
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_agree_without_a_word(index, undisturbed, world_size):
+    """Each rank knows of its own failures only, and the global batches are those of one process."""
+    failed = {undisturbed[1][0][0], undisturbed[1][0][1], undisturbed[2][0][1], undisturbed[4][0][3]}
+    for row in failed:
+        delete(index.tree / index.names[row])
+    alone = copied(make(index), epochs=2)
+    local = BATCH // world_size
+    ranks = [copied(make(index, local, rank=rank, world_size=world_size), epochs=2) for rank in range(world_size)]
+    for step, (rows, views) in enumerate(alone):
+        for slot in range(BATCH):
+            theirs_rows, theirs_views = ranks[slot % world_size][step]
+            assert theirs_rows[slot // world_size] == rows[slot]
+            for mine, theirs in zip(views, theirs_views, strict=True):
+                assert torch.equal(mine[slot], theirs[slot // world_size])
+
+
+def test_what_other_ranks_met_is_replaced_before_it_is_read(index, undisturbed):
+    victim = undisturbed[2][0][1]
+    loader = make(index, on_failed=lambda line: pytest.fail(line))
+    batches = []
+    for batch in loader:
+        batches.append((batch.indices.tolist(), [view.clone() for view in batch.views]))
+        loader.add_failed([victim])  # its batch is in flight
+    assert check_slots(batches, undisturbed[:STEPS], {victim}) == 1
+    assert loader.state_dict()["failed"] == [victim]
+
+
+def test_too_many_stop_the_run_with_one_line(index, undisturbed):
+    for row in undisturbed[1][0][:3]:
+        truncate(index.tree / index.names[row])
+    loader = make(index, max_failed=2)
+    with pytest.raises(DatasetError, match=r"3 images went bad .* at most 2 may; the last is ") as error:
+        copied(loader)
+    assert "\n" not in str(error.value)
+    assert error.value.__context__ is None
+    with pytest.raises(DatasetError, match="at most 2 may; one of them is "):
+        make(index, max_failed=2).add_failed([1, 2, 3])
+    with pytest.raises(DatasetError, match="at most 0 may"):
+        copied(make(index, max_failed=0))
+
+
+def test_how_many_are_tolerated():
+    assert [tolerated(count) for count in (25, 10_000, 1_281_167)] == [10, 10, 1281]
+
+
+def test_no_image_left_to_take_the_place(original):
+    order = np.arange(8)
+    with pytest.raises(DatasetError, match=r"2 of 8 images went bad .* at a global batch of 4 none is left"):
+        replace_failed(order, {1, 5}, 4)
+
+
+def test_trouble_of_dalis_own_is_raised(index, monkeypatch):
+    """The file is whole again when it is looked at: nothing explains the failure, so nothing is set aside."""
+    path = index.tree / index.names[4]
+    whole = path.read_bytes()
+    truncate(path)
+    monkeypatch.setattr("dali_pipes.failures._reason", lambda index, row: path.write_bytes(whole) and "")
+    with pytest.raises(DatasetError, match="DALI failed on a batch of readable files"):
+        copied(make(index))
+
+
+def test_a_state_with_rows_of_another_index(index):
+    state = make(index).state_dict()
+    with pytest.raises(ValueError, match="are not all rows of an index of 25"):
+        make(index).load_state_dict({**state, "failed": [25]})
+
+
+@pytest.mark.parametrize("count", [40, 47])
+def test_the_rule_over_many_random_failures(count):
+    """No image twice in a global batch, no other slot moved, the nearest good image of the column; for any ranks."""
+    rng = np.random.default_rng(count)
+    for trial in range(50):
+        order = epoch_permutation(count, 1, trial)
+        failed = set(rng.choice(count, rng.integers(1, 10), replace=False).tolist())
+        try:
+            replaced = replace_failed(order, failed, 8)
+        except DatasetError:
+            continue
+        for place, (old, new) in enumerate(zip(order.tolist(), replaced.tolist(), strict=True)):
+            steps = [old] if old not in failed else []
+            further = list(range(place + 8, count, 8)) + list(range(place % 8, place, 8))
+            assert new == next(image for image in steps + order[further].tolist() if image not in failed)
+        for step in range(count // 8):
+            assert len(set(replaced[step * 8 : step * 8 + 8].tolist())) == 8
+        # Learning of the failures one by one, in any order, and half of them only on another rank, ends at the same.
+        for rank in range(2):
+            mine = equal_share(replaced, rank, 2)[: count // 8 * 4]
+            known: set[int] = set()
+            while met := set(equal_share(replace_failed(order, known, 8), rank, 2)[: count // 8 * 4].tolist()) & failed:
+                known.add(rng.choice(sorted(met)).item())
+            assert equal_share(replace_failed(order, known, 8), rank, 2)[: count // 8 * 4].tolist() == mine.tolist()

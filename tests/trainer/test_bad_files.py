@@ -1,0 +1,153 @@
+"""Files that go bad under a running training: it goes on, says so, counts, remembers; and it can be continued."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dali_pipes import DatasetIndex, ViewLoader
+from tests.dali_pipes.odd_files import encoded
+from trainer import checkpoint
+from trainer.engine import Engine
+from trainer.metrics import read_metrics
+
+from .conftest import start
+
+BATCH, STEPS = 16, 3  # 50 images
+
+
+@pytest.fixture
+def data(sample, tmp_path):
+    return shutil.copytree(sample, tmp_path / "data")
+
+
+def rows_of(data, epoch, step):
+    """The images of a global batch in a run of seed 0."""
+    loader = ViewLoader(DatasetIndex.scan(data / "train"), batch_size=BATCH, image_size=16, num_threads=1)
+    loader.load_state_dict({"epoch": epoch, "step": step, "global_batch": BATCH})
+    return next(iter(loader)).indices.tolist()
+
+
+@pytest.fixture
+def damaged_at(monkeypatch, data):
+    """Truncates a file after that step of the training: `path = damaged_at(step, row)`."""
+
+    def arrange(step, row):
+        path, train_step = Path(DatasetIndex.scan(data / "train").paths[row]), Engine.train_step
+
+        def damaging(engine, views):
+            loss = train_step(engine, views)
+            if engine.step == step:
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            return loss
+
+        monkeypatch.setattr(Engine, "train_step", damaging)
+        return path
+
+    return arrange
+
+
+def failed_in(out):
+    file, _ = checkpoint.newest(out)
+    assert file is not None
+    return checkpoint.load(file)["loader"]["failed"]
+
+
+def test_a_file_truncated_during_training(train, data, losses, damaged_at, tmp_path, capsys):
+    assert train("--no-knn", "--data", data, out="undisturbed") == 0
+    victim = rows_of(data, 2, 1)[5]  # served in the third epoch's second step: step 8 of 9
+    path = damaged_at(3, victim)
+    capsys.readouterr()
+    assert train("--data", data) == 0
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("warning")]
+    assert str(path) in line
+    assert "truncated" in line
+    assert "k-NN" in printed  # judged without it
+
+    met = next(row["step"] for row in read_metrics(tmp_path / "run") if row["failed_images"])
+    counts = [row["failed_images"] for row in read_metrics(tmp_path / "run")]
+    assert counts == [0] * (met - 1) + [1] * (10 - met)
+    assert failed_in(tmp_path / "run") == [victim]
+    ours, theirs = losses(), losses("undisturbed")
+    assert {step: ours[step] for step in range(1, met)} == {step: theirs[step] for step in range(1, met)}
+    assert ours[met] != theirs[met]
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_the_run_is_continued_exactly_after_a_failure(train, data, losses, damaged_at, tmp_path, capsys, stop):
+    """Stopped right after the damage, before or after it is met: a new scan has other rows, and the run its own."""
+    victim = rows_of(data, 1, 1)[5]
+    damaged_at(3, victim)
+    shutil.copytree(data, tmp_path / "again")
+    assert train("--no-knn", "--data", data, out="whole") == 0
+    shutil.rmtree(data)
+    (tmp_path / "again").rename(data)
+    assert train("--no-knn", "--data", data, "--max-steps", stop) == 0
+    capsys.readouterr()
+    assert train("--data", data) == 0
+    assert "1 images went bad since the run started" in capsys.readouterr().out
+    assert losses() == losses("whole")
+    assert failed_in(tmp_path / "run") == failed_in(tmp_path / "whole") == [victim]
+    assert read_metrics(tmp_path / "run")[-1]["failed_images"] == 1
+
+
+def test_a_new_folder_goes_on_from_a_checkpoint_of_such_a_run(train, data, tmp_path):
+    assert train("--no-knn", "--data", data, "--max-steps", 4, out="first") == 0
+    Path(DatasetIndex.scan(data / "train").paths[7]).unlink()
+    resumed = ["--no-knn", "--data", data, "--resume", tmp_path / "first" / "checkpoint_00000004.pt"]
+    assert train(*resumed) == 0
+    assert failed_in(tmp_path / "run") == [7]
+
+
+def test_more_missing_images_than_may_fail_are_other_images(train, data, capsys):
+    flags = ["--no-knn", "--data", data, "--batch-size", 4]
+    assert train(*flags, "--max-steps", 1) == 0
+    for path in sorted((data / "train").rglob("*.jpg"))[:11]:  # ten are tolerated in a small dataset
+        path.unlink()
+    assert train(*flags) == 2
+    assert "the images are others" in capsys.readouterr().err
+    assert train(*flags, "--max-failed", 11, "--max-steps", 2) == 0
+    assert train(*flags, "--max-failed", 3) == 2
+    capsys.readouterr()
+    assert train(*flags, "--max-failed", -1) == 2
+    assert "take no negative numbers" in capsys.readouterr().err
+
+
+def test_too_many_bad_files_stop_the_run_with_one_line(train, data, monkeypatch, capsys):
+    victims = DatasetIndex.scan(data / "train").paths[:45]
+    train_step = Engine.train_step
+
+    def damaging(engine, views):
+        if engine.step == 2:
+            for path in victims:
+                Path(path).write_bytes(b"")
+        return train_step(engine, views)
+
+    monkeypatch.setattr(Engine, "train_step", damaging)
+    assert train("--no-knn", "--data", data) != 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_ddp.py: error")]
+    assert len(errors) == 1
+    assert "images went bad since they were scanned, and at most 10 may" in errors[0]
+
+
+def test_two_ranks_share_what_failed(data, losses, tmp_path):
+    """Damage that the scan does not see, met by either rank: named once, known to all, and the trace of one process."""
+    index = DatasetIndex.scan(data / "train")
+    first, second = rows_of(data, 0, 1), rows_of(data, 1, 0)
+    victims = sorted({*first[3:5], second[1]})  # slots go to the ranks in turn
+    for row in victims:
+        png = bytearray(encoded(Image.open(index.paths[row]), "PNG"))
+        png[len(png) // 2] ^= 0xFF
+        Path(index.paths[row]).write_bytes(png)
+    flags = ["--no-knn", "--data", data, "--dtype", "float64", "--warmup-epochs", 0]
+    for out, ranks in (("two", 2), ("one", None)):
+        process = start(*flags, "--out", tmp_path / out, ranks=ranks)
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        for row in victims:
+            assert printed.count(index.paths[row]) == 1
+        assert failed_in(tmp_path / out) == victims
+        assert read_metrics(tmp_path / out)[-1]["failed_images"] == 3
+    assert list(losses("two").values()) == pytest.approx(list(losses("one").values()), abs=1e-9, rel=0)
