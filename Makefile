@@ -11,8 +11,9 @@ ARGS ?=
 
 READY := .venv/ready
 PY := .venv/bin/python
-# auto: one process a GPU, one where there is none.
-PROCESSES = $(if $(filter auto,$(NPROC)),$$($(PY) -c 'import torch; print(torch.cuda.device_count() or 1)'),$(NPROC))
+# auto: one process a GPU, one where there is none; the sample's batch of 64 takes 1, 2, 4, 8 … of them.
+COUNT = import torch; n = torch.cuda.device_count() or 1; print(1 << n.bit_length() - 1 if "$(PRESET)" == "demo" else n)
+PROCESSES = $(if $(filter auto,$(NPROC)),$$($(PY) -c '$(COUNT)'),$(NPROC))
 
 # What DATA needs before it can be read: only the sample is made here.
 IMAGES = $(if $(filter $(SAMPLE),$(DATA)),$(SAMPLE)/synthetic.json)

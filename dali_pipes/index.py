@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -156,7 +157,7 @@ class DatasetIndex:
             raise DatasetError(
                 f"{os.fspath(file)}: no such index; make it with DatasetIndex.scan(tree).save(file)"
             ) from None
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DatasetError(f"{os.fspath(file)} is not a dataset index; scan the images again ({error})") from None
 
 

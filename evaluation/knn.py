@@ -62,11 +62,12 @@ def accuracy(
     """
     classes = int(torch.maximum(bank_labels.max(), labels.max())) + 1
     right = 0
-    for start in range(0, len(queries), 1024):  # the similarities of one slice stay small beside the bank
-        similarity, nearest = (queries[start : start + 1024] @ bank.T).topk(min(k, len(bank)), dim=1)
+    rows = max(1, 2**26 // len(bank))  # so that the similarities of a slice take 256 MiB
+    for start in range(0, len(queries), rows):
+        similarity, nearest = (queries[start : start + rows] @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(similarity), classes, device=bank.device)
         votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
-        right += int((votes.argmax(1) == labels[start : start + 1024]).sum())
+        right += int((votes.argmax(1) == labels[start : start + rows]).sum())
     return right / len(queries)
 
 

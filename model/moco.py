@@ -112,7 +112,8 @@ class MoCoV3(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Backbone features (N, feature_dim) of the base encoder, without projector, in the module's present mode."""
-        return features(self.base_encoder, self.normalize(x))
+        # `forward` by name passes a compiled `normalize` by: evaluation's batch sizes would each compile it anew.
+        return features(self.base_encoder, self.normalize.forward(x))
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """State of the base encoder without projector, under the names of timm's or torchvision's model."""

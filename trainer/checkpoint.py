@@ -31,9 +31,11 @@ def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
         raise OSError(f"{file} could not be written: {error}") from error
-    for old in _newest_first(folder)[keep:] if keep else []:
-        if old != file:
-            old.unlink(missing_ok=True)
+    files = _newest_first(folder)
+    # What stands after this step was damaged, or the run would have gone on from there.
+    later, kept = files[: files.index(file)], files[files.index(file) :]
+    for old in [*later, *(kept[keep:] if keep else [])]:
+        old.unlink(missing_ok=True)
     return file
 
 

@@ -164,10 +164,12 @@ class Config:
             **{f"--{name.replace('_', '-')}": value for name, value in self.model.backbone.items()},
         }
         for flag, value in positive.items():
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ConfigError(f"{flag} {value} is not positive")
-        if min(self.run.keep, self.optim.seed, self.data.max_failed or 0) < 0:
-            raise ConfigError("--keep, --seed and --max-failed take no negative numbers")
+        counts = {"--keep": self.run.keep, "--seed": self.optim.seed, "--max-failed": self.data.max_failed or 0}
+        for flag, count in counts.items():
+            if count < 0:
+                raise ConfigError(f"{flag} {count} is negative; use 0 or more")
         if self.run.dtype == "float64" and self.run.amp not in ("auto", "off"):
             raise ConfigError(f"--dtype float64 with --amp {self.run.amp}: autocast would undo it; use --amp off")
 
@@ -207,8 +209,9 @@ def disagreements(recorded: dict[str, Any], current: dict[str, Any]) -> list[str
     ]
 
 
-def parse(argv: list[str]) -> Config:
-    """Turn `[PRESET] --flag value …` into a `Config`; tyro prints help (exit 0) and flag errors (exit 2).
+def parse(argv: list[str], quiet: bool = False) -> Config:
+    """Turn `[PRESET] --flag value …` into a `Config`; tyro prints help (exit 0) and flag errors (exit 2),
+    unless `quiet`.
 
     Raises:
         ConfigError: the preset is not known.
@@ -224,6 +227,7 @@ def parse(argv: list[str]) -> Config:
         description=f"Pre-train with MoCo v3. The flags override the preset {name}.\n\n{overview()}",
         default=PRESETS[name](),
         args=flags,
+        console_outputs=not quiet,
         config=(tyro.conf.OmitArgPrefixes,),
     )
 

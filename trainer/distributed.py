@@ -27,11 +27,13 @@ class World:
     @classmethod
     def from_environment(cls) -> "World":
         """Read the variables that torchrun sets."""
-        if "RANK" not in os.environ:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in names if name not in os.environ]
+        if "RANK" in missing:
             return cls()
-        rank, local_rank, size, local_size = (
-            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        )
+        if missing:
+            raise ConfigError(f"RANK is set but {', '.join(missing)} is not; start with torchrun, or unset RANK")
+        rank, local_rank, size, local_size = (int(os.environ[name]) for name in names[:4])
         return cls(rank, local_rank, size, local_size, torchrun=True)
 
     def store(self) -> dist.Store | None:
@@ -91,6 +93,8 @@ def join(world: World, store: dist.Store | None, device: torch.device, timeout: 
         torch.cuda.set_device(device)
     if store is None:
         return
+    # The store's own waiting was for rank 0's preparation; from here on a missing rank is an error.
+    store.set_timeout(datetime.timedelta(seconds=timeout))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -102,7 +106,7 @@ def join(world: World, store: dist.Store | None, device: torch.device, timeout: 
 
 
 class StopVote:
-    """SIGINT or SIGTERM on any rank stops all ranks after the same step; a second one, later, ends at once.
+    """SIGINT or SIGTERM on any rank stops all ranks after the same step; a second one, later, ends this rank.
 
     Signals reach the ranks at different steps, so they vote: each step starts a sum over the CPU that the next step
     reads. It is hidden behind the step and never waits for a GPU.
@@ -111,10 +115,12 @@ class StopVote:
     # Ctrl-C reaches the ranks from the terminal and again from torchrun.
     SAME_SIGNAL_SECONDS = 3.0
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: int) -> None:
         self.asked = False
         self._asked_at = 0.0
-        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Any = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -137,13 +143,16 @@ class StopVote:
         self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
         return stop
 
+    def settle(self) -> None:
+        """Wait for the last vote, which all ranks have cast and nobody reads."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
     def close(self) -> None:
         """Give the signals back."""
         for each, handler in self._previous.items():
             signal.signal(each, handler)
-        if self._pending is not None:
-            self._pending[0].wait()
-            self._pending = None
 
 
 def gathered(value: Any) -> list[Any]:

@@ -189,7 +189,7 @@ class Engine:
                     log.write(row)
                 display.show(row)
                 if saves and log is not None:
-                    self._save(folder, display)
+                    self._save(folder, display, ends=stopped or self.step == self.last)
                 read_step, read_time = self.step, time.perf_counter()
         return not stopped
 
@@ -216,7 +216,7 @@ class Engine:
     def _finite(self, value: float) -> float:
         if value - value != 0:
             raise TrainingError(
-                f"loss is {value} at step {self.step}; the last checkpoint is from before. Try a lower --lr, a longer "
+                f"loss is {value} at step {self.step}; the run stops here. Try a lower --lr, a longer "
                 "--warmup-epochs or --amp bf16, in a new --out"
             )
         return value
@@ -244,11 +244,11 @@ class Engine:
         self.shared_failed = len(self.loader.failed)
         self.step, self.seconds, self.notes = state["step"], state["seconds"], state["notes"]
 
-    def _save(self, folder: Path, display: Display) -> None:
+    def _save(self, folder: Path, display: Display, ends: bool) -> None:
         try:
             checkpoint.save(folder, self.state_dict(), self.config.run.keep)
         except OSError as error:
-            if self.step == self.last:
+            if ends:
                 raise TrainingError(f"{error}; make room and run the same command again") from None
             display.say(f"warning: {error}; training goes on with the checkpoint before")
 

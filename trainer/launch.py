@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,16 +33,18 @@ def run(argv: Sequence[str]) -> int:
     Under torchrun rank 0 checks everything before the process group starts, and the others wait for what it found: an
     error is printed once.
     """
-    world = World.from_environment()
     try:
-        return _run(list(argv), world)
+        return _run(list(argv), World.from_environment())
     except (ConfigError, DatasetError) as error:
         return _report(error, 2)
     except TrainingError as error:
-        if world.rank:
+        if dist.is_initialized() and dist.get_rank():
             time.sleep(5)  # every rank has it, rank 0 says it, and torchrun ends all with the first that exits
             return 1
         return _report(error, 1)
+    except KeyboardInterrupt:
+        print("train_ddp.py: stopped before or after training; the same command goes on", file=sys.stderr)
+        return 130
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
@@ -54,21 +57,13 @@ def _report(error: Exception, code: int) -> int:
 
 
 def _run(argv: list[str], world: World) -> int:
-    store = world.store()
     display = Display(shown=world.rank == 0)
-    if world.rank == 0:
-        start = prepare(argv, world, display)
-        if store is not None:
-            found = {"flags": start.config.flags(), "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
-            store.set(READY, json.dumps(found))
-    else:
-        assert store is not None
-        found = json.loads(store.get(READY))
-        config = configuration.replace(
-            configuration.parse(argv), **{name: found["flags"][name] for name in ("amp", "compile")}
-        )
-        start = Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None, found["gone"])
-
+    if {"-h", "--help"} & set(argv):
+        configuration.parse(argv, quiet=world.rank > 0)  # every rank ends here, with exit code 0
+    store = world.store()
+    start = _lead(argv, world, store, display) if world.rank == 0 else _follow(argv, store)
+    if start is None:
+        return 2
     try:
         device = choose_device(start.config.run.device, world)
         join(world, store, device, start.config.run.timeout)
@@ -82,6 +77,33 @@ def _run(argv: list[str], world: World) -> int:
             start.folder.release()
 
 
+def _lead(argv: list[str], world: World, store: dist.Store | None, display: Display) -> Start | None:
+    """Rank 0: prepare, and tell the others; None after an error that was reported."""
+    try:
+        start = prepare(argv, world, display)
+    except (ConfigError, DatasetError) as error:
+        _report(error, 2)
+        found: dict[str, Any] | None = None
+    except SystemExit:  # tyro has said which flag is wrong
+        found = None
+    else:
+        run = start.config.run
+        found = {"amp": run.amp, "compile": run.compile, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
+    if store is not None:
+        store.set(READY, json.dumps(found))
+    return start if found is not None else None
+
+
+def _follow(argv: list[str], store: dist.Store | None) -> Start | None:
+    """The other ranks: wait for what rank 0 found; None if it was an error."""
+    assert store is not None
+    found = json.loads(store.get(READY))
+    if found is None:
+        return None
+    config = configuration.replace(configuration.parse(argv), amp=found["amp"], compile=found["compile"])
+    return Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None, found["gone"])
+
+
 def _train(start: Start, world: World, device: torch.device, display: Display) -> int:
     config, out = start.config, start.config.run.out
     index = DatasetIndex.load(out / TRAIN_INDEX)
@@ -91,26 +113,33 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     if start.checkpoint is not None:
         engine.load_state_dict(checkpoint.load(start.checkpoint))
     engine.set_aside(start.gone)
+    trees = judgeable(config, index, val, world.size, display)
     summary = read_summary(out)
-    if summary is not None and summary["steps"] == engine.step == engine.last:
+    if (
+        summary is not None
+        and summary["steps"] == engine.step >= engine.last
+        and not (trees and summary["knn_after"] is None)
+    ):
         display.say(f"{out} is complete")
         conclude(summary, out, display)
+        _leave()
         return 0
     display.say(
         f"{config.model.arch} on {world.size} x {device.type}, {len(index)} images, "
         f"batch {config.optim.batch_size}, amp {config.run.amp}, compile {config.run.compile}, "
         f"step {engine.step} of {engine.last}"
     )
-    trees = judgeable(config, index, val, display)
     if trees and engine.step == 0:
-        engine.notes["knn_before"] = judge(engine, *trees, threads)
-        display.say(f"k-NN before the first step: {engine.notes['knn_before']:.1%}")
+        engine.notes["knn_before"] = before = judge(engine, *trees, threads, display)
+        if before is not None:
+            display.say(f"k-NN before the first step: {before:.1%}")
 
     log = MetricsLog(out, engine.step) if world.rank == 0 else None
-    stop = StopVote()
+    stop = StopVote(config.run.timeout)
     display.start(engine.step, engine.last)
     try:
         finished = engine.fit(out, log, display, stop)
+        stop.settle()
     finally:
         display.stop()
         stop.close()
@@ -119,12 +148,16 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     if not finished:
         display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
     else:
-        after = judge(engine, *trees, threads) if trees else None
+        after = judge(engine, *trees, threads, display) if trees else None
         if world.rank == 0:
             conclude(write_summary(engine, out, after), out, display)
+    _leave()
+    return 0
+
+
+def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
 
 
 def _default_workers(world: World) -> int:
@@ -137,7 +170,7 @@ def _out_of_memory(config: Config, world: World, device: torch.device, store: di
         store.wait(["moco_v3/reported"], datetime.timedelta(minutes=5))
         return 2
     fits = fitting_batch(config, world, device)
-    mend = f"--batch-size {fits} would fit" if fits else "no batch fits; use a smaller --arch or --image-size"
+    mend = f"a step of --batch-size {fits} fits" if fits else "no batch fits; use a smaller --arch or --image-size"
     code = _report(ConfigError(f"--batch-size {config.optim.batch_size}: {device} is out of memory; {mend}"), 2)
     if store is not None:
         store.set("moco_v3/reported", "1")

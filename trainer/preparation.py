@@ -2,13 +2,14 @@
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from dali_pipes import DatasetIndex
+from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.failures import tolerated
 from trainer import checkpoint
 from trainer import config as configuration
@@ -41,14 +42,27 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
     config.check(world.size)
     device = choose_device(config.run.device, world)
     folder = RunFolder(config.run.out)
+    try:
+        return _prepare(config, device, folder, display)
+    except BaseException:
+        folder.release()
+        raise
+
+
+def _prepare(config: Config, device: torch.device, folder: RunFolder, display: Display) -> Start:
     recorded = folder.recorded()
+    if recorded is not None:
+        folder.lock()  # before it is read, so that what is read stays true
+    file, warnings = checkpoint.newest(config.run.out)
+    if file is None:
+        recorded = None  # nothing was learned there yet, so nothing binds
     config = resolve(config, device, display.say, recorded["flags"].get("amp") if recorded else None)
 
     tree, val_tree = _trees(config.data.data)
     index = _scan(tree, display)
     origin = config.run.out if recorded is not None else config.run.resume and config.run.resume.parent
     index, gone = _as_started(index, origin, config.data.max_failed, display) if origin else (index, [])
-    val = _scan(val_tree, display) if val_tree is not None else None
+    val = _scan_val(val_tree, display) if val_tree is not None and config.run.knn else None
     images = len(index)
     if config.optim.batch_size > images:
         raise ConfigError(
@@ -61,7 +75,6 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
 
     if recorded is not None:
         folder.check(recorded, config, index.fingerprint)
-    file, warnings = checkpoint.newest(config.run.out)
     for warning in warnings:
         display.say(f"warning: {warning}; going on with the one before")
     if file is None and config.run.resume is not None:
@@ -73,7 +86,8 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
         if differ:
             raise ConfigError(f"--resume {file} is from another run: {'; '.join(differ)}")
 
-    folder.claim(config, index.fingerprint)
+    if recorded is None:
+        folder.claim(config, index.fingerprint)
     index.save(config.run.out / TRAIN_INDEX)
     (config.run.out / VAL_INDEX).unlink(missing_ok=True)
     if val is not None:
@@ -94,10 +108,23 @@ def resolve(config: Config, device: torch.device, say: Callable[[str], None], am
     compile_: str = config.run.compile
     if compile_ == "auto":
         compile_ = "on" if device.type == "cuda" else "off"
-    if compile_ == "on" and not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        say("no C compiler on the PATH: running eager, which is slower; install gcc and g++ to compile")
+    missing = _missing_compiler(device) if compile_ == "on" else None
+    if missing is not None:
+        say(f"no {missing}: running eager, which is slower; install it to compile")
         compile_ = "off"
     return configuration.replace(config, amp=amp, compile=compile_)
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine: Triton builds a C extension, Inductor's CPU code is C++."""
+    if device.type == "cpu":
+        names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+        return None if any(map(shutil.which, names)) else f"C++ compiler ({' or '.join(names)}) on the PATH"
+    names = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        return f"C compiler ({' or '.join(names)}) on the PATH"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return None if header.exists() else f"{header} (on Debian and Ubuntu: python3-dev)"
 
 
 def _trees(data: Path) -> tuple[Path, Path | None]:
@@ -123,6 +150,14 @@ def _as_started(now: DatasetIndex, origin: Path, most: int | None, display: Disp
         return now, []
     display.say(f"{len(gone)} images went bad since the run started, first {started.path(gone[0])}; others stand in")
     return started, gone
+
+
+def _scan_val(tree: Path, display: Display) -> DatasetIndex | None:
+    try:
+        return _scan(tree, display)
+    except DatasetError as error:
+        display.say(f"no k-NN accuracy: {error}")
+        return None
 
 
 def _scan(tree: Path, display: Display) -> DatasetIndex:

@@ -10,6 +10,7 @@ from trainer.config import Config, ConfigError, disagreements
 
 CONFIG = "config.json"
 LOCK = "lock"
+PART = ".part"  # ending of a file that is being written
 
 
 class RunFolder:
@@ -31,7 +32,7 @@ class RunFolder:
             raise ConfigError(f"--out {self.path} is a file; name a folder")
         file = self.path / CONFIG
         if not file.exists():
-            if any(entry.name != LOCK for entry in self.path.iterdir()):
+            if any(entry.name not in (LOCK, CONFIG + PART) for entry in self.path.iterdir()):
                 raise ConfigError(f"--out {self.path} is not empty and holds no run; name another folder")
             return None
         try:
@@ -51,22 +52,34 @@ class RunFolder:
                 f"--out {self.path} belongs to another run: {'; '.join(differ)}. Name another --out, or use its flags"
             )
 
-    def claim(self, config: Config, fingerprint: str) -> None:
-        """Create the folder, lock it against a second process, and write `config.json` if it is not there.
+    def lock(self) -> None:
+        """Keep other processes out until `release`; creates the folder.
 
         Raises:
             ConfigError: another process has it, or it cannot be written.
         """
+        if self._lock is not None:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (self.path / CONFIG).exists():
-                recorded = {"flags": config.flags(), "fingerprint": fingerprint}
-                write_atomically(self.path / CONFIG, (json.dumps(recorded, indent=2) + "\n").encode())
         except BlockingIOError:
             self.release()
             raise ConfigError(f"--out {self.path} is in use by another process; wait for it or stop it") from None
+        except OSError as error:
+            raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}; name another folder") from None
+
+    def claim(self, config: Config, fingerprint: str) -> None:
+        """Lock the folder and write `config.json` for a run that begins here.
+
+        Raises:
+            ConfigError: another process has it, or it cannot be written.
+        """
+        self.lock()
+        recorded = {"flags": config.flags(), "fingerprint": fingerprint}
+        try:
+            write_atomically(self.path / CONFIG, (json.dumps(recorded, indent=2) + "\n").encode())
         except OSError as error:
             raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}; name another folder") from None
 
@@ -79,9 +92,13 @@ class RunFolder:
 
 def write_atomically(file: Path, content: bytes) -> None:
     """Write so that `file` is either the old or the new one at any instant, also after a power cut."""
-    part = file.with_name(file.name + ".part")
-    with open(part, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
+    part = file.with_name(file.name + PART)
+    try:
+        with open(part, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -7,6 +7,8 @@ import torch
 
 from dali_pipes import DatasetIndex
 
+from ..trainer.conftest import sample, start  # noqa: F401 (fixtures)
+
 HERE = Path(__file__).parent
 
 

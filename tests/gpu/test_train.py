@@ -5,21 +5,19 @@ import json
 import pytest
 import torch
 
-from dali_pipes.synthetic import generate
 from trainer import run
 from trainer.metrics import read_metrics
 
-TINY = (
-    "demo --device cuda --image-size 32 --embed-dim 32 --depth 1 --num-heads 2 --moco-dim 16 --moco-mlp-dim 32 "
-    "--lr 1e-3 --moco-m 0.99 --epochs 3 --warmup-epochs 1 --batch-size 16 --log-every 1"
-).split()
+from ..trainer.conftest import TINY as DEMO
+
+TINY = [*DEMO, "--device", "cuda"]
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    generate(folder, seed=0, train_per_class=5, val_per_class=2)
-    return folder
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Each run compiles for itself; many in one process would count as recompilations."""
+    yield
+    torch._dynamo.reset()
 
 
 def losses(folder):
@@ -63,3 +61,13 @@ def test_out_of_memory_says_which_batch_would_fit(sample, tmp_path, capsys):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert code == 2
     assert "is out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_under_torchrun_with_nccl(ranks, sample, tmp_path, start):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    process = start("--device", "cuda", "--data", sample, "--out", tmp_path / "run", ranks=ranks)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert len(losses(tmp_path / "run")) == 9

@@ -1,5 +1,7 @@
 """What the trainer's tests share: generated images, and the real command, in this process or under torchrun."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,13 +59,25 @@ def command(*flags, ranks=None):
     return [*launcher, str(ROOT / "train_ddp.py"), *TINY, *map(str, flags)]
 
 
-def start(*flags, ranks=None):
-    """Start it as a process of its own, as a user would."""
-    return subprocess.Popen(
-        command(*flags, ranks=ranks),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def start():
+    """Start it as a process of its own, as a user would: `start("--flag", …, ranks=2)`; none outlives the test."""
+    started = []
+
+    def call(*flags, ranks=None):
+        process = subprocess.Popen(
+            command(*flags, ranks=ranks),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

@@ -45,6 +45,14 @@ def test_a_damaged_newest_is_passed_over_and_named(tmp_path, damage):
     assert "checkpoint_00000002.pt" in warnings[0]
 
 
+def test_a_damaged_newest_takes_no_place_of_those_to_keep(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, state(step), keep=2)
+    (tmp_path / "checkpoint_00000009.pt").write_bytes(b"rubbish")
+    checkpoint.save(tmp_path, state(3), keep=2)
+    assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["checkpoint_00000002.pt", "checkpoint_00000003.pt"]
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path):
     checkpoint.save(tmp_path, state(1), keep=0).write_bytes(b"rubbish")
     with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole"):

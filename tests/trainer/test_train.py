@@ -12,8 +12,6 @@ import torch
 from trainer import checkpoint
 from trainer.metrics import read_metrics
 
-from .conftest import start
-
 
 def test_a_run_writes_its_folder_and_judges_the_features(train, tmp_path, capsys):
     assert train() == 0
@@ -89,7 +87,7 @@ def wait_for_row(file, process, rows=2, seconds=120):
 
 
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_ctrl_c_and_the_same_command_give_the_undisturbed_trace(ranks, sample, tmp_path):
+def test_ctrl_c_and_the_same_command_give_the_undisturbed_trace(ranks, start, sample, tmp_path):
     # 60 epochs, so that the signal comes while it trains.
     flags = ["--data", sample, "--no-knn", "--epochs", 60, "--max-steps", 60]
     whole = start(*flags, "--out", tmp_path / "whole", ranks=ranks)
@@ -114,7 +112,7 @@ def test_ctrl_c_and_the_same_command_give_the_undisturbed_trace(ranks, sample, t
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-def test_two_ranks_give_the_losses_of_one_process(optimizer, train, losses, sample, tmp_path):
+def test_two_ranks_give_the_losses_of_one_process(optimizer, train, start, losses, sample, tmp_path):
     flags = ["--dtype", "float64", "--max-steps", 4, "--no-knn", "--optimizer", optimizer, "--warmup-epochs", 0]
     assert train(*flags, out="one") == 0
     two = start(*flags, "--data", sample, "--out", tmp_path / "two", ranks=2)
@@ -159,6 +157,30 @@ def test_resume_starts_a_new_folder_from_a_checkpoint(train, losses, tmp_path):
     assert train("--no-knn", "--resume", tmp_path / "first" / "checkpoint_00000005.pt") == 0
     whole = losses("whole")
     assert losses() == {step: whole[step] for step in range(6, 10)}
+
+
+def test_resume_of_a_finished_run_judges_it(train, tmp_path, capsys):
+    assert train("--max-steps", 2, "--no-knn", out="first") == 0
+    capsys.readouterr()
+    assert train("--max-steps", 2, "--resume", tmp_path / "first" / "checkpoint_00000002.pt") == 0
+    assert "k-NN" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["loss_last"] is None
+
+
+def test_a_finished_run_is_judged_when_that_is_asked_for_later(train, tmp_path, capsys):
+    assert train("--max-steps", 2, "--no-knn") == 0
+    capsys.readouterr()
+    assert train("--max-steps", 2) == 0
+    assert "k-NN" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn_after"] is not None
+
+
+def test_an_unusable_val_costs_the_judgement_and_not_the_run(train, sample, tmp_path, capsys):
+    data = tmp_path / "data"
+    (data / "val").mkdir(parents=True)
+    (data / "train").symlink_to(sample / "train")
+    assert train("--data", data, "--max-steps", 1) == 0
+    assert "no k-NN accuracy" in capsys.readouterr().out
 
 
 def test_a_folder_without_val_trains_without_judgement(train, sample, tmp_path, capsys):
