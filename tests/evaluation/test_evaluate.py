@@ -1,0 +1,162 @@
+"""`evaluate.py`: the same k-NN accuracy as the run's own, the probe alone and under torchrun, wrong use in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluate import main
+
+ROOT = Path(__file__).parents[2]
+PROBE = "linear --epochs 3 --batch-size 16 --lr 0.1 3 30 --device cpu --workers 1".split()
+
+
+@pytest.fixture
+def evaluate(trained, sample):
+    """Evaluate the run in this process; returns the JSON of that name."""
+
+    def call(*flags, name):
+        assert main([*map(str, flags), "--run", str(trained), "--data", str(sample)]) == 0
+        return json.loads((trained / "eval" / f"{name}.json").read_text())
+
+    return call
+
+
+def under_torchrun(*flags, ranks=2):
+    # Without "--" torchrun takes --run for its own --run-path (argparse of Python 3.11).
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    command = [*launcher, str(ROOT / "evaluate.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_knn_is_the_accuracy_that_the_run_itself_found(evaluate, trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    found = evaluate("knn", "--device", "cpu", "--workers", 1, name="knn")
+    assert found["accuracy"] == summary["knn_after"]
+    assert (found["kind"], found["step"], found["ranks"]) == ("knn", 9, 1)
+    assert found["images"] == {"train": 51, "val": 19, "classes": 10}
+    before = evaluate("knn", "--untrained", "--device", "cpu", "--workers", 1, name="knn-untrained")
+    assert (before["accuracy"], before["step"]) == (summary["knn_before"], 0)
+
+
+def test_k_and_temperature_reach_the_vote(evaluate, monkeypatch):
+    seen = []
+
+    def accuracy(*arguments):
+        seen.append(arguments[4:])
+        return 0.5
+
+    monkeypatch.setattr("evaluation.knn.accuracy", accuracy)
+    found = evaluate("knn", "--k", 3, "--temperature", 0.5, "--device", "cpu", "--name", "three", name="three")
+    assert seen == [(3, 0.5)]
+    assert (found["accuracy"], found["flags"]["k"], found["flags"]["temperature"]) == (0.5, 3, 0.5)
+
+
+def test_the_probe_under_torchrun_is_the_probe_alone(evaluate, trained, sample, capsys):
+    alone = evaluate(*PROBE, name="linear")
+    printed = capsys.readouterr().out
+    assert [each["lr"] for each in alone["outcomes"]] == [0.1, 3.0, 30.0]
+    assert all(each["last"]["epoch"] == 3 for each in alone["outcomes"])
+    assert all(each["best"]["top1"] >= each["last"]["top1"] for each in alone["outcomes"])
+    assert "epoch 3/3" in printed
+    assert "lr 30 " in printed
+    # An even number of images, so that both train on the same ones: with ranks an odd one sits an epoch out.
+    even = trained.parent / "even"
+    shutil.copytree(sample, even)
+    next((even / "train").rglob("more*")).unlink()
+    assert main([*PROBE, "--run", str(trained), "--data", str(even)]) == 0
+    alone = json.loads((trained / "eval" / "linear.json").read_text())
+    process = under_torchrun(*PROBE, "--run", trained, "--data", even, "--name", "ranks")
+    assert process.returncode == 0, process.stderr
+    together = json.loads((trained / "eval" / "ranks.json").read_text())
+    assert together["ranks"] == 2
+    assert together["images"]["val"] == 19
+    for mine, theirs in zip(alone["outcomes"], together["outcomes"], strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+        assert abs(theirs["last"]["top1"] - mine["last"]["top1"]) < 1.01 / 19  # one image may sit on the fence
+    assert process.stdout.count("epoch 3/3") == 1
+
+
+@pytest.fixture
+def refused(trained, sample, tmp_path, capsys):
+    """Check that a command is refused with one line and leaves no result; returns the line."""
+
+    def call(*flags, run=trained, data=sample):
+        before = {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
+        assert main([*map(str, flags), "--run", str(run), "--data", str(data), "--device", "cpu"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("evaluate.py: error: ")
+        assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
+        return line
+
+    return call
+
+
+def test_what_is_no_run_is_refused(refused, tmp_path):
+    assert "nowhere: no such folder" in refused("knn", run=tmp_path / "nowhere")
+    assert "holds no run" in refused("linear", run=tmp_path)
+
+
+def test_a_run_that_cannot_be_written(refused, trained, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    assert f"--run {trained} cannot be written: Read-only file system" in refused("knn")
+
+
+def test_data_that_cannot_be_evaluated_on(refused, sample, tmp_path):
+    assert "nowhere: no such folder" in refused("knn", data=tmp_path / "nowhere")
+    assert "has no train/" in refused("knn", data=sample / "train")
+    shutil.copytree(sample, tmp_path / "data")
+    first, *others = sorted((tmp_path / "data" / "val").iterdir())
+    first.rename(first.with_name("zebra"))
+    assert f"class {first.name} is in train/ and not in val/" in refused("linear", data=tmp_path / "data")
+    shutil.rmtree(first.with_name("zebra"))
+    for each in others[1:]:
+        shutil.rmtree(each)
+    for each in sorted((tmp_path / "data" / "train").iterdir()):
+        if each.name != others[0].name:
+            shutil.rmtree(each)
+    assert "has 1 class folders" in refused("knn", data=tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "val")
+    assert "has no val/" in refused("knn", data=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("knn --k 0", "--k 0 is not"),
+        ("knn --temperature -1", "--temperature -1.0 is not"),
+        ("knn --workers 0", "--workers 0 is not"),
+        ("knn --name ../knn", "--name ../knn is not"),
+        ("linear --lr 3 0", "--lr 0.0 is not"),
+        ("linear --lr inf", "--lr inf is not"),
+        ("linear --epochs 0", "--epochs 0 is not"),
+        ("linear --batch-size -8", "--batch-size -8 is not"),
+        ("linear --momentum -0.1", "--momentum -0.1 is not"),
+        ("linear --seed -1", "--seed -1 is not"),
+    ],
+)
+def test_values_that_cannot_work(flags, message, refused):
+    assert message in refused(*flags.split())
+
+
+def test_an_unknown_kind_of_evaluation_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["segmentation"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["linear --batch-size 17", "linear --epochs many", "knn --k -3"])
+def test_under_torchrun_the_line_is_printed_once(flags, trained, sample):
+    process = under_torchrun(*flags.split(), "--run", trained, "--data", sample, "--device", "cpu")
+    assert process.returncode != 0
+    value = flags.split()[-1]
+    printed = process.stdout + process.stderr.split("torch.distributed.elastic")[0].split("torch/distributed")[0]
+    assert sum(value in line for line in printed.splitlines()) == 1, printed
+    assert "Traceback" not in printed

@@ -1,0 +1,268 @@
+"""Weight files of a run for other programs: `python -m trainer.export --run RUN --out FILE --format FORMAT`.
+
+timm: a plain safetensors file that timm's or torchvision's own model loads strictly. official: the reference's
+checkpoint, with optimizer. deit: {"model": weights}, as DeiT's fine-tuning takes it. Beside each lies FILE.json: how to
+build the model, and what it expects of its images.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import tyro
+from safetensors.torch import save
+from torch import nn
+
+from model import MoCoV3
+from model.backbones import RESNETS
+from model.moco import IMAGENET_MEAN, IMAGENET_STD
+from model.official import to_official
+from model.vision_transformer import VISION_TRANSFORMERS
+from trainer import checkpoint
+from trainer import config as configuration
+from trainer.config import Config, ConfigError
+from trainer.engine import build_model
+from trainer.run_folder import CONFIG, write_atomically
+
+Format = Literal["timm", "official", "deit"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """Turn a run's newest whole checkpoint into a weight file, with FILE.json beside it that says how to load it."""
+
+    run: Path
+    """Folder of the run."""
+    out: Path
+    """File to write; one that is there is never overwritten."""
+    format: Format = "timm"
+    """timm: backbone as safetensors, for timm or torchvision. official: whole checkpoint of the reference release.
+    deit: backbone for DeiT's fine-tuning."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run as its newest whole checkpoint has it: `model` on the CPU, its batch norms not synchronised."""
+
+    folder: Path
+    file: Path  # the checkpoint
+    config: Config
+    model: MoCoV3
+    state: dict[str, Any]  # the checkpoint, see Engine.state_dict
+    warnings: list[str]  # newer checkpoints that are damaged
+
+    @property
+    def step(self) -> int:
+        """Training steps done."""
+        return self.state["step"]
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.state["loader"]["epoch"]
+
+
+def open_run(folder: Path, file: Path | None = None) -> TrainedRun:
+    """Read a run, from `file` if it is given; nothing in its folder changes, and it may still be training.
+
+    Raises:
+        ConfigError: there is no run, or it has no whole checkpoint.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--run {folder}: no such folder")
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"--run {folder} holds no run of train_ddp.py: it has no {CONFIG}")
+    warnings: list[str] = []
+    try:
+        if file is None:
+            file, warnings = checkpoint.newest(folder)
+    except ConfigError as error:
+        raise ConfigError(f"--run {folder}: {str(error).removesuffix('. Name another --out')}") from None
+    if file is None:
+        raise ConfigError(f"--run {folder} has no checkpoint yet; train it first")
+    state = checkpoint.load(file)
+    config = configuration.replace(Config(), **state["flags"])
+    model = build_model(config, sync_bn=False).to(getattr(torch, config.run.dtype))
+    model.load_state_dict(state["model"])
+    return TrainedRun(folder, file, config, model, state, warnings)
+
+
+def export(run: TrainedRun, out: Path, form: Format) -> dict[str, Any]:
+    """Write `out` and `out`.json; returns what the JSON says.
+
+    Raises:
+        ConfigError: one of the two is there already, or cannot be written, or the format does not know the backbone.
+    """
+    beside = out.with_name(out.name + ".json")
+    for file in (out, beside):
+        if file.exists():
+            raise ConfigError(f"--out {file} is there already; name another file or remove it")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+    arch = run.config.model.arch
+    if form == "official" and arch not in (*VISION_TRANSFORMERS, *RESNETS):
+        raise ConfigError(f"--format official: the reference has no {arch}; use --format timm or --format deit")
+
+    about = description(run, form, out.name)
+    weights = {name: value.contiguous() for name, value in run.model.backbone_state_dict().items()}
+    part = out.with_name(out.name + ".part")
+    try:
+        if form == "timm":
+            part.write_bytes(save(weights, {"format": "pt"}))
+        else:
+            torch.save({"model": weights} if form == "deit" else official_checkpoint(run), part)
+        os.replace(part, out)
+        write_atomically(beside, (json.dumps(about, indent=2) + "\n").encode())
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"--out {out} cannot be written: {error}") from None
+    return about
+
+
+def official_checkpoint(run: TrainedRun) -> dict[str, Any]:
+    """What the reference saves after an epoch, optimizer and loss scaler included.
+
+    Its `--resume` goes on at the start of an epoch; steps of one that was under way are in the weights all the same.
+    """
+    # A disabled scaler has an empty state, which the reference's scaler, never disabled, refuses to load.
+    scaler = run.state["scaler"] or torch.amp.GradScaler("cpu").state_dict()
+    return {
+        "epoch": run.epoch,
+        "arch": run.config.model.arch,
+        "state_dict": to_official(run.model.state_dict()),
+        "optimizer": _optimizer_over_all(run),
+        "scaler": scaler,
+    }
+
+
+def description(run: TrainedRun, form: str, file: str) -> dict[str, Any]:
+    """What a reader of `file` has to know: the call that builds its model, and which images it expects."""
+    arch = run.config.model.arch
+    builder = _builder(run)
+    about: dict[str, Any] = {
+        "format": form,
+        "arch": arch,
+        "constructor": builder.constructor,
+        "arguments": builder.arguments,
+        "load": builder.code() + _reading(form, file, "fc" if arch in RESNETS else "head"),
+        "heads": _attention_heads(run.model.base_encoder),
+        "features": run.model.feature_dim,
+        "image_size": run.config.data.image_size,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "run": str(run.folder.absolute()),
+        "step": run.step,
+        "epochs": run.epoch,
+        "timm": timm.__version__,
+        "torch": torch.__version__,
+    }
+    if form == "official" and not _has_reference_sizes(run.config):
+        about["note"] = f"the reference's {arch} has other sizes, and its code cannot load this file"
+    elif form != "official" and "vit_conv" in arch:
+        about["note"] = "timm has no such conv stem: load it in a checkout of this repository"
+    return about
+
+
+@dataclass(frozen=True)
+class Builder:
+    """The call that builds a backbone outside of this repository, or, for conv stems, with its module."""
+
+    constructor: str
+    arguments: dict[str, Any]
+    classifier: str | None = None  # to be taken off, where the constructor cannot leave it out
+
+    def code(self) -> list[str]:
+        """Lines of Python that leave the backbone in `model`."""
+        module, _, name = self.constructor.rpartition(".")
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
+        lines = [f"from {module} import {name}", f"model = {name}({arguments})"]
+        return [*lines, "import torch", f"model.{self.classifier} = torch.nn.Identity()"] if self.classifier else lines
+
+
+def _builder(run: TrainedRun) -> Builder:
+    arch, size = run.config.model.arch, run.config.data.image_size
+    if arch in RESNETS:
+        return Builder(f"torchvision.models.{arch}", {}, classifier="fc")
+    if arch not in VISION_TRANSFORMERS:
+        pretrained = timm.get_pretrained_cfg(arch)
+        sized = {"img_size": size} if pretrained is not None and pretrained.fixed_input_size else {}
+        return Builder("timm.create_model", {"model_name": arch, "num_classes": 0, **sized})
+    vit: Any = run.model.base_encoder
+    sizes = {"embed_dim": vit.embed_dim, "depth": len(vit.blocks), "num_heads": _attention_heads(vit)}
+    if "conv" in arch:
+        return Builder("model.vision_transformer.vision_transformer", {"arch": arch, "image_size": size, **sizes})
+    # Said in full, as timm's vit_small has 6 heads, with which these weights load as well and give wrong features.
+    name = f"{arch}_patch16_224"
+    return Builder("timm.create_model", {"model_name": name, "num_classes": 0, "img_size": size, **sizes})
+
+
+def _reading(form: str, file: str, head: str) -> list[str]:
+    if form == "timm":
+        return ["from safetensors.torch import load_file", f"model.load_state_dict(load_file({file!r}))"]
+    if form == "deit":
+        return ["import torch", f"model.load_state_dict(torch.load({file!r}, weights_only=True)['model'])"]
+    return [
+        "import torch",
+        f"state = torch.load({file!r}, weights_only=True)['state_dict']",
+        "start = 'module.base_encoder.'",
+        "state = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}",
+        f"model.load_state_dict({{k: v for k, v in state.items() if not k.startswith('{head}.')}})",
+    ]
+
+
+def _attention_heads(module: nn.Module) -> int | list[int] | None:
+    """Attention heads of every block: one number if all agree; None where there is no attention."""
+    found = (getattr(part, "num_heads", None) for part in module.modules())
+    heads = [number for number in found if isinstance(number, int)]
+    return heads[0] if len(set(heads)) == 1 else heads or None
+
+
+def _has_reference_sizes(config: Config) -> bool:
+    is_vit = config.model.arch in VISION_TRANSFORMERS
+    return not is_vit or (not config.model.backbone and config.data.image_size == 224)
+
+
+def _optimizer_over_all(run: TrainedRun) -> dict[str, Any]:
+    """The optimizer's state as the reference has it: one group of all parameters, also those that are not trained.
+
+    Its indices then count MoCoV3.parameters(), those of a run only the trained ones among them.
+    """
+    parameters = list(run.model.parameters())
+    trained = [place for place, parameter in enumerate(parameters) if parameter.requires_grad]
+    mine = run.state["optimizer"]
+    (group,) = mine["param_groups"]
+    # Whether the update is one kernel is for the machine that goes on to choose, not part of the state.
+    kept = {name: None if name in ("fused", "foreach") else value for name, value in group.items()}
+    return {
+        "state": {trained[place]: value for place, value in mine["state"].items()},
+        "param_groups": [{**kept, "params": list(range(len(parameters)))}],
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns the exit code: 0 written, 2 wrong use."""
+    command = tyro.cli(Export, prog="python -m trainer.export", args=list(argv))
+    try:
+        run = open_run(command.run)
+        for warning in run.warnings:
+            print(f"warning: {warning}; taking the one before")
+        about = export(run, command.out, command.format)
+    except ConfigError as error:
+        print(f"trainer.export: error: {error}", file=sys.stderr)
+        return 2
+    after = f"{about['step']} steps ({about['epochs']} epochs)"
+    print(f"{command.out}: {about['arch']} after {after}, {command.format} format; it loads by")
+    print("\n".join(f"  {line}" for line in about["load"]))
+    if "note" in about:
+        print(f"note: {about['note']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
