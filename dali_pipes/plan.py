@@ -1,6 +1,7 @@
 """What stands where: the rows of the index at a position of the data, and what the graph takes for them."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ class Position:
     step: int
 
 
-class Plan:
+class Plan(ABC):
     """The batches of one rank, each a pure function of its position and of the images known to have failed."""
 
     def __init__(
@@ -46,17 +47,17 @@ class Plan:
         self._epoch = -1
 
     @property
+    @abstractmethod
     def steps(self) -> int:
         """Batches in an epoch of this rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def share(self, epoch: int) -> NDArray[np.int64]:
         """All rows of this rank in that epoch, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def view_arguments(self, view: int, rows: NDArray[np.int64], epoch: int) -> Arguments:
         """The inputs of one view for these rows."""
-        raise NotImplementedError
 
     def after(self, position: Position) -> Position:
         """The next batch's position, at the start of the next epoch where this one ends."""
