@@ -116,7 +116,7 @@ class Evaluator:
 
     def loader(self, index: DatasetIndex, batch_size: int, **options: Any) -> "closing[EvalLoader]":
         """This rank's share of a tree at the run's image size."""
-        size, cores = self.run.config.data.image_size, len(os.sched_getaffinity(0))
+        size = self.run.config.data.image_size
         return closing(
             EvalLoader(
                 index,
@@ -126,7 +126,7 @@ class Evaluator:
                 rank=self.world.rank,
                 world_size=self.world.size,
                 device=str(self.device),
-                num_threads=self.command.workers or max(1, min(16, cores // self.world.local_size)),
+                num_threads=self.command.workers or self.world.default_threads(),
                 **options,
             )
         )

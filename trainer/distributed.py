@@ -36,6 +36,10 @@ class World:
         rank, local_rank, size, local_size = (int(os.environ[name]) for name in names[:4])
         return cls(rank, local_rank, size, local_size, torchrun=True)
 
+    def default_threads(self) -> int:
+        """DALI threads of this rank: the machine's cores shared among its ranks, at most 16."""
+        return max(1, min(16, len(os.sched_getaffinity(0)) // self.local_size))
+
     def store(self) -> dist.Store | None:
         """The key-value store of torchrun's rendezvous; None for a single process.
 

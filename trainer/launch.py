@@ -3,7 +3,6 @@
 import datetime
 import errno
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -108,7 +107,7 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     config, out = start.config, start.config.run.out
     index = DatasetIndex.load(out / TRAIN_INDEX)
     val = DatasetIndex.load(out / VAL_INDEX) if (out / VAL_INDEX).exists() else None
-    threads = config.data.workers or _default_workers(world)
+    threads = config.data.workers or world.default_threads()
     engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
     if start.checkpoint is not None:
         engine.load_state_dict(checkpoint.load(start.checkpoint))
@@ -158,10 +157,6 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _default_workers(world: World) -> int:
-    return max(1, min(16, len(os.sched_getaffinity(0)) // world.local_size))
 
 
 def _out_of_memory(config: Config, world: World, device: torch.device, store: dist.Store | None) -> int:
