@@ -29,7 +29,7 @@ from dali_pipes import DatasetError, DatasetIndex, EvalLoader
 from evaluation import knn, linear
 from model import MoCoV3
 from model.backbones import RESNETS
-from trainer.config import ConfigError
+from trainer.config import ConfigError, check_divisible
 from trainer.distributed import World, choose_device, join
 from trainer.engine import build_model
 from trainer.export import TrainedRun, open_run
@@ -263,11 +263,8 @@ def _check(command: Knn | Linear, world: World) -> None:
         positive |= {"--epochs": command.epochs, "--batch-size": command.batch_size}
         positive |= {"--lr": min(command.lr), "--lr ": max(command.lr)} if command.lr else {}
         least = {"--momentum": command.momentum, "--weight-decay": command.weight_decay, "--seed": command.seed}
-        batch = command.batch_size
-        if batch > 0 and batch % world.size:
-            below = batch // world.size * world.size
-            near = f"{below} or {below + world.size}" if below else f"{world.size}"
-            raise ConfigError(f"--batch-size {batch} is not divisible by world size {world.size}; use {near}")
+        if command.batch_size > 0:
+            check_divisible(command.batch_size, world.size)
     for flag, number in positive.items():
         if number is not None and not 0 < number < math.inf:
             raise ConfigError(f"{flag.strip()} {number} is not a positive number")

@@ -129,10 +129,7 @@ class Config:
         batch = self.optim.batch_size
         if batch < 2:
             raise ConfigError(f"--batch-size {batch}: the contrastive loss needs at least 2 images a step")
-        if batch % world_size:
-            below = batch // world_size * world_size
-            near = f"{below} or {below + world_size}" if below else f"{world_size}"
-            raise ConfigError(f"--batch-size {batch} is not divisible by world size {world_size}; use {near}")
+        check_divisible(batch, world_size)
         if self.model.backbone and not self.model.arch.startswith("vit_"):
             flags = " ".join(f"--{name.replace('_', '-')} None" for name in self.model.backbone)
             raise ConfigError(f"--arch {self.model.arch} has no width and depth to set; add {flags}")
@@ -178,6 +175,14 @@ class Config:
         sections = (self.data, self.model, self.optim, self.run)
         flat = {key: value for section in sections for key, value in vars(section).items()}
         return json.loads(json.dumps(flat, default=str))
+
+
+def check_divisible(batch: int, world_size: int) -> None:
+    """Raise `ConfigError`, naming the nearest batches that would do, if ranks cannot share a global batch equally."""
+    if batch % world_size:
+        below = batch // world_size * world_size
+        near = f"{below} or {below + world_size}" if below else f"{world_size}"
+        raise ConfigError(f"--batch-size {batch} is not divisible by world size {world_size}; use {near}")
 
 
 # May differ when a run goes on; every other flag changes what is learned and must agree.
