@@ -1,34 +1,25 @@
-"""The training step, and the loop around it."""
+"""The training step: model, optimizer and data of one rank."""
 
 import inspect
-import itertools
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_pipes import MOCO_V3, Batch, DatasetError, DatasetIndex, ViewLoader
+from dali_pipes import MOCO_V3, DatasetIndex, ViewLoader
 from model import LARS, MoCoV3, learning_rate, momentum_coefficient
-from trainer import checkpoint
 from trainer.config import Config
-from trainer.distributed import StopVote, World, gathered, mean_over_ranks
-from trainer.metrics import Display, MetricsLog, WaitClock
+from trainer.distributed import World
 
 # SyncBN keeps the ranks' buffers equal already. torch 2.14 renamed the switch and warns of the old name.
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 NO_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers": False
 }
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on: what happened, and what to try."""
 
 
 def build_model(config: Config, sync_bn: bool = True) -> MoCoV3:
@@ -140,70 +131,6 @@ class Engine:
         self.step += 1
         return loss.detach()
 
-    def _batches(self) -> Iterator[Batch]:
-        """The batches from `step` on, epoch after epoch."""
-        for epoch in itertools.count(self.step // self.steps_per_epoch):
-            self.loader.set_epoch(epoch)
-            yield from self.loader
-
-    def fit(self, folder: Path, log: MetricsLog | None, display: Display, stop: StopVote) -> bool:
-        """Train up to the last step; False if a signal stopped it before.
-
-        Rank 0 has a `log` and writes the checkpoints.
-
-        Raises:
-            TrainingError: the loss is not finite, too many images went bad over all ranks, or the last checkpoint
-                could not be written.
-            DatasetError: too many images went bad on this rank.
-        """
-        clock, batches = WaitClock(self.device), self._batches()
-        read_step, read_time = self.step, time.perf_counter()
-        stopped = False
-        while self.step < self.last and not stopped:
-            with clock.waiting():
-                batch = next(batches)
-            loss = self.train_step(batch.views)
-            # The vote is cast every step, so that the ranks' votes meet.
-            stopped = stop.passed()
-            epoch_ends = self.step % self.steps_per_epoch == 0
-            saves = epoch_ends or stopped or self.step == self.last
-            if saves or self.step % self.config.run.log_every == 0:
-                mean = self._read(loss)
-                elapsed = time.perf_counter() - read_time
-                rate = (self.step - read_step) * self.config.optim.batch_size / elapsed
-                row = {
-                    "step": self.step,
-                    "epoch": (self.step - 1) // self.steps_per_epoch,
-                    "loss": mean,
-                    "lr": self.lr,
-                    "momentum": self.momentum,
-                    "images_per_second": rate,
-                    "images_per_second_per_gpu": rate / self.world.size,
-                    "data_wait": clock.read() / elapsed,
-                    "failed_images": self.shared_failed,
-                }
-                if self.scaler.is_enabled():
-                    row["loss_scale"] = self.scaler.get_scale()
-                self.seconds += elapsed
-                if log is not None:
-                    log.write(row)
-                display.show(row)
-                if saves and log is not None:
-                    self._save(folder, display, ends=stopped or self.step == self.last)
-                read_step, read_time = self.step, time.perf_counter()
-        return not stopped
-
-    def _read(self, loss: Tensor) -> float:
-        """Mean loss over the ranks, which also share what failed since the last read; every rank must call it."""
-        news = len(self.loader.failed) - self.shared_failed
-        value, any_news = mean_over_ranks(torch.stack([loss, loss.new_tensor(news)])).tolist()
-        if any_news:
-            try:
-                self.set_aside({row for rows in gathered(self.loader.failed) for row in rows})
-            except DatasetError as error:  # of all ranks together, so that every rank has it
-                raise TrainingError(str(error)) from None
-        return self._finite(value)
-
     def set_aside(self, rows: Iterable[int]) -> None:
         """Have other images stand in for these, which every rank knows to be bad.
 
@@ -212,14 +139,6 @@ class Engine:
         """
         self.loader.add_failed(rows)
         self.shared_failed = len(self.loader.failed)
-
-    def _finite(self, value: float) -> float:
-        if value - value != 0:
-            raise TrainingError(
-                f"loss is {value} at step {self.step}; the run stops here. Try a lower --lr, a longer "
-                "--warmup-epochs or --amp bf16, in a new --out"
-            )
-        return value
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on with the very next step; plain containers and tensors."""
@@ -243,14 +162,6 @@ class Engine:
         self.loader.load_state_dict(state["loader"])
         self.shared_failed = len(self.loader.failed)
         self.step, self.seconds, self.notes = state["step"], state["seconds"], state["notes"]
-
-    def _save(self, folder: Path, display: Display, ends: bool) -> None:
-        try:
-            checkpoint.save(folder, self.state_dict(), self.config.run.keep)
-        except OSError as error:
-            if ends:
-                raise TrainingError(f"{error}; make room and run the same command again") from None
-            display.say(f"warning: {error}; training goes on with the checkpoint before")
 
 
 def compile_encoders(model: MoCoV3) -> None:

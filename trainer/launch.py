@@ -17,8 +17,9 @@ from trainer import checkpoint
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
 from trainer.distributed import StopVote, World, choose_device, join
-from trainer.engine import Engine, TrainingError, build_model
+from trainer.engine import Engine, build_model
 from trainer.judgement import conclude, judge, judgeable, read_summary, write_summary
+from trainer.loop import TrainingError, fit
 from trainer.memory import fitting_batch
 from trainer.metrics import Display, MetricsLog
 from trainer.preparation import TRAIN_INDEX, VAL_INDEX, Start, prepare
@@ -137,7 +138,7 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     stop = StopVote(config.run.timeout)
     display.start(engine.step, engine.last)
     try:
-        finished = engine.fit(out, log, display, stop)
+        finished = fit(engine, out, log, display, stop)
         stop.settle()
     finally:
         display.stop()
