@@ -1,36 +1,39 @@
 """What does each augmentation cost?
 
-    python -m benchmarks.ablation [--data DIR] [--quick] [--help]
+    python -m benchmarks.ablation [--data DIR] [--augment dali fused] [--quick] [--help]
 
 The loader with all augmentations, with each one left out, with each one alone, and with the crops only; for both views
-and for each view by itself. An augmentation's cost is a difference of two runs of the same round.
+and for each view by itself. An augmentation's cost is a difference of two runs of the same round: in time of the
+device, in CPU time of the host, and as the share of a training step that is measured in the same run.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
 
 from benchmarks import charts
+from benchmarks.ablation_costs import ALONE, LEFT_OUT, WALL, costs, explanation, in_milliseconds
+from benchmarks.ablation_step import step_cost
+from benchmarks.ablation_variants import AUGMENTATIONS, BOTH, recipes, sweeps, used, variants
 from benchmarks.command import Common, run
-from benchmarks.dali_sources import Views, without
+from benchmarks.dali_sources import Views
 from benchmarks.environment import environment, now
 from benchmarks.generated import describe, first
-from benchmarks.measure import Estimate, differences, estimate
 from benchmarks.progress import Progress
 from benchmarks.results import Measurement, Result
 from benchmarks.source import Contender
-from benchmarks.tables import number, spread
-from benchmarks.throughput import CPU, RATE, measure
-from dali_pipes import MOCO_V3, Recipe, ViewSpec
+from benchmarks.step import training_config
+from benchmarks.tables import number
+from benchmarks.throughput import CPU, DEVICE, measure
+from dali_pipes import MOCO_V3, DatasetIndex, Recipe
 from trainer.config import ConfigError
 
-AUGMENTATIONS = ("jitter", "grayscale", "blur", "solarize", "flip")
-WALL = "ms/image"
-ALL, NONE = "all on", "crops only"
-BOTH = "both views"
+SWEEP_ROUNDS = 3
+BackEnd = Literal["dali", "fused"]
 
 
 @dataclass(frozen=True)
@@ -38,43 +41,79 @@ class Ablation:
     """The cost of each augmentation, alone and among the others."""
 
     common: Common = field(default_factory=Common)
+    augment: tuple[BackEnd, ...] | None = None
+    """Back ends (default: dali, and on a GPU also fused)."""
     batch_size: int | None = None
-    """Images a batch (default: 256 on a GPU, 32 on the CPU)."""
+    """Images a batch (default: 256 on a GPU, 8 on the CPU)."""
     image_size: int = 224
     """Side of the views, in pixels."""
-    seconds: float = 0.3
-    """At least so long does one window last."""
+    preset: str = ""
+    """Whose step the shares are of (default: vit-s-300ep on a GPU, demo on the CPU)."""
+    batches: int = 4
+    """Of one window: the same ones for every variant, so that their draws cancel in a difference."""
     per_view: bool = True
     """Also each view by itself."""
+    sweeps: bool = True
+    """Also vary how often jitter and blur apply, and how wide the blur is."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements of a run have in common."""
+
+    images: DatasetIndex
+    batch: int
+    size: int
+    threads: int
+    device: torch.device
+    batches: int
+    progress: Progress
+
+    def measure(self, group: str, members: Mapping[str, Recipe], augment: BackEnd, rounds: int) -> list[Measurement]:
+        """Every recipe by that back end, in turns."""
+        contenders = [
+            Contender(group, name, Views(self.images, r, self.batch, self.size, self.threads, self.device, augment))
+            for name, r in members.items()
+        ]
+        return list(measure(contenders, rounds, 0.0, self.device, self.progress, self.batches, profiled=True))
 
 
 def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) -> Result:
     """Run the benchmark."""
-    common = flags.common
-    if flags.image_size < 8 or (flags.batch_size or 1) < 1 or flags.seconds <= 0:
-        raise ConfigError("--image-size takes 8 or more, --batch-size 1 or more, --seconds more than 0")
+    common, cuda = flags.common, device.type == "cuda"
+    if flags.image_size < 8 or (flags.batch_size or 1) < 1 or flags.batches < 1:
+        raise ConfigError("--image-size takes 8 or more, --batch-size and --batches 1 or more")
+    back_ends: tuple[BackEnd, ...] = flags.augment or (("dali", "fused") if cuda else ("dali",))
     started, env = now(), environment(device)
     threads = common.workers or min(16, env["cores"])
-    batch = flags.batch_size or (256 if device.type == "cuda" else 8 if common.quick else 32)
-    rounds, seconds = (2, 0.1) if common.quick else (common.rounds, flags.seconds)
+    batch = flags.batch_size or (256 if cuda else 8)
+    rounds = 2 if common.quick else common.rounds
+    config = training_config(
+        common, device, progress.say, preset=flags.preset, batch_size=max(2, batch), image_size=flags.image_size
+    )
     found = common.index(progress)
-    images = first(found, max(len(found), batch))
-    recipes = {BOTH: MOCO_V3}
-    if flags.per_view and not common.quick:
-        recipes |= {f"view {i + 1} alone": Recipe((view,)) for i, view in enumerate(MOCO_V3.views)}
+    images = first(found, max(len(found), batch, 2))
 
+    progress.say(f"the step that shares are of: {config.model.arch}, compile {config.run.compile} …")
+    step = step_cost(config, device, images, threads, rounds)
+    bench = Bench(images, batch, flags.image_size, threads, device, flags.batches, progress)
+    quantities = (DEVICE, CPU) if cuda else (CPU, WALL)
     measurements: list[Measurement] = []
     notes: list[str] = []
-    for group, recipe in recipes.items():
-        contenders = [
-            Contender(group, name, Views(images, variant, batch, flags.image_size, threads, device))
-            for name, variant in _variants(recipe, each_alone=group == BOTH).items()
-        ]
-        taken = measure(contenders, rounds, seconds, device, progress)
-        runs = _in_milliseconds(taken)
-        costs = list(_costs(group, runs, headline=group == BOTH))
-        measurements += [*runs.values(), *costs]
-        notes.append(explanation(group, runs, WALL if device.type == "cuda" else CPU))
+    for augment in back_ends:
+        for which, recipe in recipes(flags.per_view and not common.quick).items():
+            group = f"{which}, {augment}"
+            runs = in_milliseconds(bench.measure(group, variants(recipe), augment, rounds))
+            per_image = step.per_image[quantities[0]]
+            measurements += [*runs.values(), *costs(group, runs, quantities, per_image, headline=which == BOTH)]
+            notes.append(explanation(group, runs, quantities[0]))
+        for name, members in sweeps().items() if flags.sweeps and not common.quick else ():
+            taken = bench.measure(f"{name}, {augment}", members, augment, min(rounds, SWEEP_ROUNDS))
+            measurements += [replace(m, detail=False) for m in in_milliseconds(taken).values()]
+    notes.append(
+        f"A step is {number(step.per_image[quantities[0]])} {quantities[0]} without its data, measured in this run: "
+        f"{step.described}."
+    )
     return Result(
         benchmark="ablation",
         subject="",
@@ -86,107 +125,38 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
             "image_size": flags.image_size,
             "threads": threads,
             "rounds": rounds,
-            "seconds": seconds,
-            "back_end": "dali",
+            "batches": flags.batches,
+            "back_ends": list(back_ends),
+            "step": step.described,
             "probability": {name: [getattr(view, name) for view in MOCO_V3.views] for name in AUGMENTATIONS},
             "data": "generated" if common.data is None else common.data.name,
             "files": describe(images),
         },
-        warm_up="before each window, as many batches as the loader may hold ready",
+        warm_up="before each window, as many batches as the loader may hold ready; 3 steps before the step",
         measurements=tuple(measurements),
         notes=tuple(notes),
     )
 
 
-def off(recipe: Recipe, name: str) -> Recipe:
-    """The recipe without one augmentation."""
-    return Recipe(tuple(_with(view, name, 0.0) for view in recipe.views))
-
-
-def alone(recipe: Recipe, name: str) -> Recipe:
-    """The recipe's crops and one augmentation, as often as it has it."""
-    return Recipe(tuple(_with(without(view), name, getattr(view, name)) for view in recipe.views))
-
-
-def _with(view: ViewSpec, name: str, probability: float) -> ViewSpec:
-    return replace(view, **{name: probability})  # type: ignore[arg-type]
-
-
-def used(recipe: Recipe) -> list[str]:
-    """The augmentations that some view applies."""
-    return [name for name in AUGMENTATIONS if any(getattr(view, name) > 0 for view in recipe.views)]
-
-
-def _variants(recipe: Recipe, each_alone: bool) -> dict[str, Recipe]:
-    variants = {ALL: recipe, NONE: Recipe(tuple(without(view) for view in recipe.views))}
-    for name in used(recipe):
-        variants[f"without {name}"] = off(recipe, name)
-        if each_alone:
-            variants[f"only {name}"] = alone(recipe, name)
-    return variants
-
-
-def _in_milliseconds(taken: Sequence[Measurement]) -> dict[tuple[str, str], Measurement]:
-    """By (variant, quantity), with times instead of rates, since times of parts add up."""
-    runs = {}
-    for m in taken:
-        if m.quantity == RATE:
-            m = Measurement(m.group, m.name, WALL, tuple(1000 / rate for rate in m.values), "lower")
-        runs[m.name, m.quantity] = m
-    return runs
-
-
-def _costs(group: str, runs: Mapping[tuple[str, str], Measurement], headline: bool) -> Iterator[Measurement]:
-    """Differences within each round: without it against all, alone against the crops."""
-    for (name, quantity), m in runs.items():
-        kind, _, augmentation = name.partition(" ")
-        if kind == "without":
-            cost = differences(runs[ALL, quantity].values, m.values)
-            show = headline and quantity == CPU
-            yield Measurement(f"{group}: saved by leaving out", augmentation, quantity, cost, "lower", show)
-        elif kind == "only":
-            cost = differences(m.values, runs[NONE, quantity].values)
-            yield Measurement(f"{group}: added to the crops", augmentation, quantity, cost, "lower")
-
-
-def explanation(group: str, runs: Mapping[tuple[str, str], Measurement], quantity: str) -> str:
-    """Whether the crops and the parts make the whole: what they leave of each round, with its interval."""
-    times = {name: m.values for (name, q), m in runs.items() if q == quantity}
-    whole, crops = times[ALL], times[NONE]
-    counts = {
-        "what leaving each one out saves": [
-            differences(whole, v) for n, v in times.items() if n.startswith("without ")
-        ],
-        "what each one adds alone": [differences(v, crops) for n, v in times.items() if n.startswith("only ")],
-    }
-    sentences = [f"{group}: all on is {number(estimate(whole).median)} {quantity}."]
-    for count, parts in counts.items():
-        if parts:
-            rest = estimate([a - c - sum(p) for a, c, *p in zip(whole, crops, *parts, strict=True)])
-            base = number(estimate(crops).median)
-            sentences.append(f"The crops ({base}) and {count} leave {spread(rest)} of it: {_verdict(rest)}.")
-    return " ".join(sentences)
-
-
-def _verdict(rest: Estimate) -> str:
-    """What a rest means. Its causes are not measured here, so none is named."""
-    if rest.low <= 0 <= rest.high:
-        return "nothing, within the spread"
-    return f"together they cost {'more' if rest.median > 0 else 'less'} than by this count"
-
-
 def draw(result: Result) -> Figure:
-    """Costs among the others and alone for both views; below, each view by itself."""
-    groups = [g for g in result.groups() if ":" in g]
-    chart, axes = charts.figure(
-        result, "What each augmentation costs (DALI)", [len(result.of(g)) // 2 for g in groups], columns=2
-    )
-    for row, group in zip(axes, groups, strict=True):
-        for cell, quantity in zip(row, (CPU, WALL), strict=True):
-            members = [m for m in result.of(group) if m.quantity == quantity]
-            charts.bars(cell, members, quantity)
-            cell.set_title(group, fontsize=10, loc="left")
-        row[1].set_yticklabels([])
+    """Costs of both views and of each, then the sweeps; a column a back end, or a quantity where there is one."""
+    back_ends: list[str] = result.configuration["back_ends"]
+    quantities = [DEVICE, CPU] if result.environment["device"] == "cuda" else [CPU, WALL]
+    columns = [(b, quantities[0]) for b in back_ends] if len(back_ends) > 1 else [(back_ends[0], q) for q in quantities]
+    costed = [which for which in recipes(per_view=True) if result.of(f"{which}, {back_ends[0]}")]
+    swept = [name for name in sweeps() if result.of(f"{name}, {back_ends[0]}")]
+    heights = [round(charts.BARS_A_PAIR * len(used(recipes(per_view=True)[which]))) for which in costed]
+    heights += [len(sweeps()[name]) for name in swept]
+    chart, axes = charts.figure(result, "What each augmentation costs", heights, columns=2)
+    for row, name in zip(axes, [*costed, *swept], strict=True):
+        for cell, (back_end, quantity) in zip(row, columns, strict=True):
+            cell.set_title(f"{name}, {back_end}", fontsize=10, loc="left")
+            if name in swept:
+                charts.bars(cell, [m for m in result.of(f"{name}, {back_end}") if m.quantity == quantity], quantity)
+                continue
+            found = result.of(f"{name}, {back_end}: costs")
+            pairs = {how: [m for m in found if m.quantity == f"{quantity} {how}"] for how in (LEFT_OUT, ALONE)}
+            charts.paired_bars(cell, pairs, quantity)
     return chart
 
 

@@ -1,8 +1,7 @@
 """Sources made of DALI: the product's own loader, decoding alone, and the graph that is usual elsewhere."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
@@ -19,9 +18,23 @@ class Views:
     in_flight = PREFETCH + 1
 
     def __init__(
-        self, index: DatasetIndex, recipe: Recipe, batch: int, image_size: int, threads: int, device: torch.device
+        self,
+        index: DatasetIndex,
+        recipe: Recipe,
+        batch: int,
+        image_size: int,
+        threads: int,
+        device: torch.device,
+        augment: Literal["dali", "fused"] = "dali",
     ) -> None:
-        self.settings = {"batch": batch, "image_size": image_size, "threads": threads, "output": "uint8"}
+        self.settings = {
+            "batch": batch,
+            "image_size": image_size,
+            "threads": threads,
+            "augment": augment,
+            "output": "uint8",
+        }
+        fused: dict[str, Any] = {"augment": "fused"} if augment == "fused" else {}
         self._loader = ViewLoader(
             index,
             recipe=recipe,
@@ -30,6 +43,7 @@ class Views:
             num_threads=threads,
             device=device,
             output="uint8",
+            **fused,
         )
 
     def batches(self) -> Iterator[int]:
@@ -77,23 +91,16 @@ class Pipeline:
         self._pipeline._shutdown()
 
 
-def crops_only(recipe: Recipe) -> Recipe:
-    """The recipe's crops and nothing else."""
-    return Recipe(tuple(without(view) for view in recipe.views))
-
-
-def without(view: ViewSpec) -> ViewSpec:
-    """The view's crop and nothing else; what is never applied is not in DALI's graph."""
-    return replace(view, jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0, flip=0.0)
-
-
-def decode_only(index: DatasetIndex, batch: int, threads: int, device: torch.device) -> Pipeline:
-    """Read and decode, at full size."""
+def decode_only(
+    index: DatasetIndex, batch: int, threads: int, device: torch.device, hw_decoder_load: float = 1.0
+) -> Pipeline:
+    """Read and decode, at full size, as the product decodes; `hw_decoder_load` is the JPEG engine's share on a GPU."""
 
     def graph() -> Any:
-        return _decoded(index, device)
+        return _decoded(index, device, jpeg_fancy_upsampling=True, hw_decoder_load=hw_decoder_load)
 
-    return Pipeline(graph, batch, threads, device)
+    settings = {"hw_decoder_load": hw_decoder_load} if device.type == "cuda" else {}
+    return Pipeline(graph, batch, threads, device, **settings)
 
 
 def color_twist(
@@ -112,11 +119,12 @@ def color_twist(
     return Pipeline(graph, batch, threads, device, image_size=image_size, output="float16, normalised")
 
 
-def _decoded(index: DatasetIndex, device: torch.device) -> Any:
+def _decoded(index: DatasetIndex, device: torch.device, **options: Any) -> Any:
     encoded, _ = fn.readers.file(
         files=index.paths, shuffle_after_epoch=True, dont_use_mmap=True, pad_last_batch=True, name="reader"
     )
-    return fn.decoders.image(encoded, device="mixed" if device.type == "cuda" else "cpu", output_type=types.RGB)
+    where = "mixed" if device.type == "cuda" else "cpu"
+    return fn.decoders.image(encoded, device=where, output_type=types.RGB, **options)
 
 
 def _twisted_view(image: Any, spec: ViewSpec, size: int) -> Any:

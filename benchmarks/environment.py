@@ -93,8 +93,10 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    import pynvml
-
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
     try:
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())

@@ -77,6 +77,24 @@ class GpuSampler:
         }
 
 
+class EnergyMeter:
+    """The card's own counter of the energy it took; without NVML, on the CPU and on cards before Volta: none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle: Any = _handle(device)[0] if device.type == "cuda" else None
+
+    def joules(self) -> float | None:
+        """Since the driver was loaded, or None; the counter moves about ten times a second."""
+        if self._handle is None:
+            return None
+        import pynvml
+
+        try:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+        except (pynvml.NVMLError, AttributeError):
+            return None
+
+
 def sentence(summary: dict[str, Any]) -> str:
     """The summary in one line."""
     if not summary.get("available"):
@@ -89,8 +107,10 @@ def sentence(summary: dict[str, Any]) -> str:
 
 
 def _handle(device: torch.device) -> tuple[Any, str]:
-    import pynvml
-
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None, "pynvml is not installed (pip install nvidia-ml-py)"
     try:
         pynvml.nvmlInit()
         # By its identity: NVML numbers all cards, torch those that CUDA_VISIBLE_DEVICES leaves.

@@ -2,19 +2,21 @@
 
     python -m benchmarks.loader [--data DIR] [--quick] [--help]
 
-Decoding alone, with two crops, and the full two views of ViewLoader; beside them a DataLoader over torchvision's
-classic transforms (Pillow), one over torchvision v2 on tensors, and the usual color_twist graph in DALI.
+Decoding alone, with two crops, and the full two views of ViewLoader (on a GPU by both back ends); beside them a
+DataLoader over torchvision's classic transforms (Pillow), one over torchvision v2 on tensors, and the usual color_twist
+graph in DALI.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
 from matplotlib.figure import Figure
 
 from benchmarks import charts, dali_sources, torchvision_sources
+from benchmarks.ablation_variants import bare
 from benchmarks.command import Common, run
 from benchmarks.environment import environment, now
 from benchmarks.generated import FOLDER, describe, first, generated
@@ -25,7 +27,8 @@ from benchmarks.throughput import CPU, RATE, measure
 from dali_pipes import MOCO_V3, DatasetIndex
 from trainer.config import ConfigError
 
-FULL = "dali: two views"
+FULL, FUSED = "dali: two views", "fused: two views"
+DECODE = "dali: decode only"
 LOADERS = "loader"
 PEER_BATCH = 32  # of a DataLoader: a worker makes a batch alone, so smaller ones make steadier windows
 SWEEP_ROUNDS = 3
@@ -39,13 +42,13 @@ class Loader:
 
     common: Common = field(default_factory=Common)
     batch_size: int | None = None
-    """Images a batch (default: 256 on a GPU, 32 on the CPU)."""
+    """Images a batch (default: 256 on a GPU, 16 on the CPU)."""
     image_size: int = 224
     """Side of the views, in pixels."""
     seconds: float = 1.0
     """At least so long does one window last."""
     sweeps: bool = True
-    """Also vary batch size, threads, view size and JPEG size of the full two views."""
+    """Also vary batch, threads, view size and JPEG size of the full two views; on a GPU the JPEG engine's share."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> 
         raise ConfigError("--image-size takes 8 or more, --batch-size 1 or more, --seconds more than 0")
     started, env = now(), environment(device)
     workers = common.workers or min(16, env["cores"])
-    batch = flags.batch_size or (256 if device.type == "cuda" else 8 if common.quick else 32)
+    batch = flags.batch_size or (256 if device.type == "cuda" else 8 if common.quick else 16)
     rounds, seconds = (3, 0.2) if common.quick else (common.rounds, flags.seconds)
     images = common.index(progress)
     point = Point(batch, flags.image_size, workers)
@@ -105,13 +108,13 @@ def _contenders(images: DatasetIndex, point: Point, device: torch.device) -> lis
         "torchvision v2 on tensors, DataLoader": partial(
             torchvision_sources.tensors, images, MOCO_V3, peer, size, threads
         ),
-        "dali: decode only": partial(dali_sources.decode_only, images, batch, threads),
-        "dali: decode, two crops": partial(
-            dali_sources.Views, images, dali_sources.crops_only(MOCO_V3), batch, size, threads
-        ),
+        DECODE: partial(dali_sources.decode_only, images, batch, threads),
+        "dali: decode, two crops": partial(dali_sources.Views, images, bare(MOCO_V3), batch, size, threads),
         FULL: partial(dali_sources.Views, images, MOCO_V3, batch, size, threads),
         "dali: usual color_twist graph": partial(dali_sources.color_twist, images, MOCO_V3, batch, size, threads),
     }
+    if device.type == "cuda":
+        makers[FUSED] = partial(dali_sources.Views, images, MOCO_V3, batch, size, threads, augment="fused")
     contenders: list[Contender] = []
     for name, make in makers.items():
         contenders.append(Contender(LOADERS, name, make(device)))
@@ -147,23 +150,31 @@ def _sweeps(
             source = dali_sources.Views(files, MOCO_V3, p.batch, p.size, p.threads, device)
             contenders.append(Contender(f"{FULL}, by {name}", label, source))
         measurements += measure(contenders, SWEEP_ROUNDS, flags.seconds / 2, device, progress)
+    if device.type == "cuda":
+        contenders = [
+            Contender(
+                f"{DECODE}, by hw_decoder_load",
+                f"{share:g}",
+                dali_sources.decode_only(images, base.batch, base.threads, device, share),
+            )
+            for share in (0.0, 0.5, 0.65, 1.0)
+        ]
+        measurements += measure(contenders, SWEEP_ROUNDS, flags.seconds / 2, device, progress)
     return measurements
 
 
 def _with_headlines(measurements: tuple[Measurement, ...]) -> tuple[Measurement, ...]:
     """The README shows the rate of every loader."""
-    return tuple(
-        Measurement(m.group, m.name, m.quantity, m.values, m.better, m.group == LOADERS and m.quantity == RATE)
-        for m in measurements
-    )
+    return tuple(replace(m, headline=m.group == LOADERS and m.quantity == RATE) for m in measurements)
 
 
 def _notes(measurements: tuple[Measurement, ...]) -> tuple[str, ...]:
     """What the numbers do not say by themselves."""
     rates = {m.name: m.estimate.median for m in measurements if m.group == LOADERS and m.quantity == RATE}
     best = max((name for name in rates if "DataLoader" in name), key=rates.__getitem__)
+    ours = max((name for name in (FULL, FUSED) if name in rates), key=rates.__getitem__)
     return (
-        f"{FULL}: {rates[FULL] / rates[best]:.2f} times the rate of {best}.",
+        f"{ours}: {rates[ours] / rates[best]:.2f} times the rate of {best}.",
         "Ours are uint8 views, which the model normalises; the others normalise here, as their users do.",
         "The color_twist graph gives other pictures than Pillow's: another hue, another contrast, one fixed order.",
     )
@@ -173,13 +184,13 @@ def draw(result: Result) -> Figure:
     """The loaders, and below them the sweeps."""
     groups = result.groups()
     chart, axes = charts.figure(
-        result, "Two MoCo v3 views from JPEG files", [len(result.of(g)) // 2 for g in groups], columns=2
+        result, "Two MoCo v3 views from JPEG files", [len({m.name for m in result.of(g)}) for g in groups], columns=2
     )
     for row, group in zip(axes, groups, strict=True):
         for cell, quantity in zip(row, (RATE, CPU), strict=True):
             members = [m for m in result.of(group) if m.quantity == quantity]
             better = "more is better" if quantity == RATE else "less is better"
-            charts.bars(cell, members, f"{quantity} ({better})", accent=[FULL])
+            charts.bars(cell, members, f"{quantity} ({better})", accent=[FULL, FUSED])
             cell.set_title(group, fontsize=10, loc="left")
         row[1].set_yticklabels([])
     return chart

@@ -1,55 +1,86 @@
-"""The step in the manner of the reference release, as a yardstick: same model, same batch, none of the speed.
+"""The step in the manner of the reference release, as a yardstick, and what is changed about it one thing at a time.
 
-Eager; float16 autocast with a loss scaler on CUDA, float32 on the CPU; one forward pass a view; parameters visited one
-by one in Python for the moving average and in LARS; the host waits for the loss and for the scaler at every step.
+As it stands: eager; float16 autocast with a loss scaler on CUDA, float32 on the CPU; one forward pass a view;
+parameters visited one by one in Python for the moving average and by the optimizer; the host waits for the loss and
+for the scaler at every step. Each field of `Changes` takes one of these away; with all it is the trainer's step.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model import learning_rate
-from trainer.config import Config
-from trainer.engine import build_model
+from trainer.config import Config, replace
+from trainer.engine import autocast, build_model, build_optimizer, compile_encoders
+
+Amp = Literal["bf16", "fp16", "off"]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is not done in the reference's manner."""
+
+    foreach_ema: bool = False  # the moving average as one call for all parameters
+    fused_optimizer: bool = False  # fused AdamW, or LARS over lists of tensors
+    amp: Amp | None = None  # None: as the reference, fp16 on CUDA and off on the CPU
+    no_host_wait: bool = False  # the loss stays on the device (the scaler of fp16 waits all the same)
+    channels_last: bool = False
+    uint8: bool = False  # views come as bytes and are normalised by the model
+    compile: bool = False
 
 
 class ReferenceStep:
-    """One rank, one device; views are normalised float32 tensors (N, 3, S, S)."""
+    """One rank, one device. Views are (N, 3, S, S): normalised float32, or uint8 if the changes say so."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device, changes: Changes | None = None) -> None:
+        self.changes, self.device = changes or Changes(), device
+        amp = self.changes.amp or ("fp16" if device.type == "cuda" else "off")
+        self.config = replace(config, amp=amp)
         self.model = build_model(config, sync_bn=False).to(device)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optim = config.optim
-        self.optimizer: torch.optim.Optimizer
-        if optim.optimizer == "lars":
-            self.optimizer = LoopLARS(trained, optim.weight_decay, optim.momentum)
-        else:
-            self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=optim.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
-        self.step = 0
+        if self.changes.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if self.changes.compile:
+            compile_encoders(self.model)
+        self.optimizer = self._optimizer()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
-    def train_step(self, x1: Tensor, x2: Tensor) -> float:
-        """One step; returns the loss."""
-        optim = self.config.optim
-        rate = learning_rate(
-            self.step, peak=optim.lr * optim.batch_size / 256, epochs=optim.epochs, warmup_epochs=optim.warmup_epochs
-        )
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if self.changes.fused_optimizer:
+            return build_optimizer(self.config, self.model)
+        optim, trained = self.config.optim, [p for p in self.model.parameters() if p.requires_grad]
+        if optim.optimizer == "lars":
+            return LoopLARS(trained, optim.weight_decay, optim.momentum)
+        return torch.optim.AdamW(trained, lr=0.0, weight_decay=optim.weight_decay)
+
+    def prepared(self, view: Tensor) -> Tensor:
+        """A raw view as this step takes it: (N, 3, S, S) uint8 with channels_last strides, as the loader gives it."""
+        if not self.changes.uint8:
+            with torch.no_grad():
+                view = self.model.normalize.forward(view).float()
+        strides = torch.channels_last if self.changes.channels_last else torch.contiguous_format
+        return view.contiguous(memory_format=strides)
+
+    def train_step(self, x1: Tensor, x2: Tensor, lr: float, momentum: float) -> Tensor | float:
+        """One step with this learning rate and momentum coefficient; returns the loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
+            group["lr"] = lr
+        with autocast(self.config, self.device):
             q = self.model.queries(x1, x2)
-            self._update_momentum(self.config.model.moco_m)
+            self._update_momentum(momentum)
             loss = self.model.loss(q, self.model.keys(x1, x2))
-        value = loss.item()
+        value: Tensor | float = loss.detach() if self.changes.no_host_wait else loss.item()
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)  # reads on the host whether a gradient overflowed
+        self.scaler.step(self.optimizer)  # with fp16 the host reads whether a gradient overflowed
         self.scaler.update()
-        self.step += 1
         return value
 
     @torch.no_grad()
     def _update_momentum(self, m: float) -> None:
+        if self.changes.foreach_ema:
+            self.model.update_momentum(m)
+            return
         pairs = zip(self.model.base_encoder.parameters(), self.model.momentum_encoder.parameters(), strict=True)
         for base, slow in pairs:
             slow.mul_(m).add_(base, alpha=1 - m)

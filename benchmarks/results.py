@@ -26,6 +26,7 @@ class Measurement:
     values: tuple[float, ...]
     better: Better
     headline: bool = False  # belongs into the README's table
+    detail: bool = False  # in the JSON for comparisons; the tables leave it out
 
     @property
     def estimate(self) -> Estimate:
@@ -66,7 +67,7 @@ class Result:
 
     def groups(self) -> list[str]:
         """The tables, in order of appearance."""
-        return list(dict.fromkeys(m.group for m in self.measurements))
+        return list(dict.fromkeys(m.group for m in self.measurements if not m.detail))
 
     def of(self, group: str) -> list[Measurement]:
         """The measurements of one table."""

@@ -7,7 +7,7 @@ same model stepped in the manner of the reference release.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -24,13 +24,16 @@ from benchmarks.intervals import INTERVALS
 from benchmarks.progress import Progress
 from benchmarks.results import Measurement, Result
 from benchmarks.step_runs import CACHED, LOADER, REAL, REFERENCE, Runs
+from benchmarks.trace import Beside
 from trainer import config as configuration
+from trainer.advice import data_advice
 from trainer.config import Config, ConfigError
 from trainer.engine import build_model
 from trainer.preparation import resolve
 from trainer.presets import PRESETS
 
 RATES, SHARES, TIMES = "step", "step on JPEGs: intervals", "step on a cached batch: intervals"
+BESIDE = "step on JPEGs: beside the training stream"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,18 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
     """Run the benchmark."""
     common, cuda = flags.common, device.type == "cuda"
     started, env = now(), environment(device)
-    config = training_config(flags, device, progress.say)
+    if flags.steps is not None and flags.steps < 1:
+        raise ConfigError(f"--steps {flags.steps} is too small; use 1 or more")
+    config = training_config(
+        common,
+        device,
+        progress.say,
+        preset=flags.preset,
+        batch_size=flags.batch_size or (256 if cuda else 16 if common.quick else 32),
+        image_size=flags.image_size,
+        amp=flags.amp,
+        compile=flags.compile,
+    )
     batch = config.optim.batch_size
     steps = 2 if common.quick and not cuda else flags.steps or (20 if cuda else 2)
     rounds = 3 if common.quick else common.rounds
@@ -75,6 +89,7 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
         runs.measure(rounds, steps, progress)
         # Before and after: others on the machine, or a warm card, can only lower it.
         bound = max(bound, runs.matmul_rate())
+        others = runs.beside()
         if flags.trace is not None:
             runs.trace(flags.trace)
             progress.say(f"trace: {flags.trace}")
@@ -99,8 +114,8 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
             "matmul": {"dtype": str(runs.matmul_dtype).removeprefix("torch."), "tflops": round(bound / 1e12, 3)},
         },
         warm_up="3 steps of each kind, compilation included",
-        measurements=tuple(_measurements(runs, rounds, batch, flops, bound)),
-        notes=tuple(_notes(runs)),
+        measurements=(*_measurements(runs, batch, flops, bound), *_beside(others)),
+        notes=tuple(_notes(runs, threads, env["cores"])),
         settings={REFERENCE: runs.reference_settings} if runs.reference is not None else {},
     )
 
@@ -110,31 +125,48 @@ def default_preset(device: torch.device) -> str:
     return "vit-s-300ep" if device.type == "cuda" else "demo"
 
 
-def training_config(flags: Step, device: torch.device, say: Callable[[str], None]) -> Config:
+def training_config(
+    common: Common,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    preset: str,
+    batch_size: int,
+    image_size: int | None = None,
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto",
+    compile: Literal["auto", "on", "off"] | None = None,
+) -> Config:
     """The trainer's configuration that is measured, with nothing left at `auto`.
+
+    Args:
+        common: of the benchmark; its short form does not wait for a compiler.
+        device: where it will run.
+        say: told of what this machine cannot do.
+        preset: of train_ddp.py, or "" for what fits the device.
+        batch_size: images a step.
+        image_size: side of the views, by default the preset's.
+        amp: as in train_ddp.py.
+        compile: as in train_ddp.py (default: auto, and off in the short form).
 
     Raises:
         ConfigError: the preset is not known, or a value cannot work.
     """
-    name = flags.preset or default_preset(device)
+    name = preset or default_preset(device)
     if name not in PRESETS:
         raise ConfigError(f"--preset {name} is not known; choose from: {', '.join(PRESETS)}")
-    if flags.steps is not None and flags.steps < 1:
-        raise ConfigError(f"--steps {flags.steps} is too small; use 1 or more")
-    batch = flags.batch_size or (256 if device.type == "cuda" else 16 if flags.common.quick else 32)
     config = configuration.replace(
         PRESETS[name](),
         data=Path("unused"),
         out=Path("unused"),
         device=device.type,
-        batch_size=batch,
+        batch_size=batch_size,
         # The schedule's length is no part of the measurement, and its end must not come.
         epochs=1_000_000,
-        amp=flags.amp,
-        compile=flags.compile,
+        amp=amp,
+        compile=compile or ("off" if common.quick else "auto"),
     )
-    if flags.image_size is not None:
-        config = configuration.replace(config, image_size=flags.image_size)
+    if image_size is not None:
+        config = configuration.replace(config, image_size=image_size)
     config.check(world_size=1)
     try:
         with torch.device("meta"):
@@ -144,7 +176,7 @@ def training_config(flags: Step, device: torch.device, say: Callable[[str], None
     return resolve(config, device, say)
 
 
-def _measurements(runs: Runs, rounds: int, batch: int, flops: float, bound: float) -> Iterator[Measurement]:
+def _measurements(runs: Runs, batch: int, flops: float, bound: float) -> Iterator[Measurement]:
     for kind in runs.kinds:
         milliseconds = runs.milliseconds[kind]
         rate = tuple(1000 * batch / ms for ms in milliseconds)
@@ -154,6 +186,8 @@ def _measurements(runs: Runs, rounds: int, batch: int, flops: float, bound: floa
         if kind != LOADER:
             share = tuple(100 * flops / (ms / 1000) / bound for ms in milliseconds)
             yield Measurement(RATES, kind, "% of measured matmul rate (MFU)", share, "higher")
+        if kind in runs.images_per_joule:
+            yield Measurement(RATES, kind, "images/J", tuple(runs.images_per_joule[kind]), "higher")
         if kind in runs.peak_gb:
             yield Measurement(RATES, kind, "peak memory, GB", (runs.peak_gb[kind],), "lower")
     for group, kind in ((SHARES, REAL), (TIMES, CACHED)):
@@ -165,7 +199,14 @@ def _measurements(runs: Runs, rounds: int, batch: int, flops: float, bound: floa
             yield Measurement(group, name, "% of step", shares, "neither")
 
 
-def _notes(runs: Runs) -> Iterator[str]:
+def _beside(others: Mapping[str, Beside]) -> Iterator[Measurement]:
+    """What other streams did meanwhile, from a trace of its own: the profiler slows the host, not the kernels."""
+    for kind, work in others.items():
+        yield Measurement(BESIDE, kind, "ms/step", (work.milliseconds,), "lower")
+        yield Measurement(BESIDE, kind, "% hidden", (100 * work.hidden,), "neither")
+
+
+def _notes(runs: Runs, threads: int, cores: int) -> Iterator[str]:
     """What follows from the medians."""
     real, cached, loader = (runs.median(kind) for kind in (REAL, CACHED, LOADER))
     yield f"On JPEGs a step takes {real / cached:.2f} times as long as on a cached batch."
@@ -174,6 +215,12 @@ def _notes(runs: Runs) -> Iterator[str]:
         f"The loader alone needs {loader:.1f} ms a batch; {hidden:.0%} of it is hidden behind the step."
         + ("" if runs.device.type == "cuda" else " Here both use the same cores.")
     )
+    waits = [sum(step["data wait"] for step in turn) for turn in runs.intervals[REAL]]
+    wholes = [sum(sum(step.values()) for step in turn) for turn in runs.intervals[REAL]]
+    if advice := data_advice(sum(waits) / sum(wholes), threads, cores):
+        yield advice
+    if runs.device.type == "cpu":
+        yield "What runs beside the training stream is told on GPUs only."
     if REFERENCE in runs.kinds:
         times = runs.median(REFERENCE) / cached
         yield f"On a cached batch our step is {times:.2f} times as fast as the reference-style step."

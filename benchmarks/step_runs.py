@@ -1,5 +1,6 @@
 """The kinds of step that are compared, run in turns: on JPEGs, on a cached batch, the loader alone, reference style."""
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from benchmarks import flops
 from benchmarks.clocks import finish, wait_until_idle
-from benchmarks.intervals import StepClock, watched
+from benchmarks.gpu import EnergyMeter
+from benchmarks.intervals import INTERVALS, StepClock, watched
 from benchmarks.measure import estimate
 from benchmarks.progress import Progress
 from benchmarks.reference_step import ReferenceStep
+from benchmarks.trace import Beside, Trace, beside
 from dali_pipes import Batch, DatasetIndex
 from trainer.config import Config
 from trainer.distributed import World
@@ -40,7 +43,9 @@ class Runs:
         self.kinds = [REAL, CACHED, LOADER]
         self.milliseconds: dict[str, list[float]] = {}
         self.intervals: dict[str, list[list[dict[str, float]]]] = {REAL: [], CACHED: []}
+        self.images_per_joule: dict[str, list[float]] = {}
         self.peak_gb: dict[str, float] = {}
+        self._meter = EnergyMeter(device)
         self.left_out = ""
         self.reference: ReferenceStep | None = None
         if reference:
@@ -48,11 +53,9 @@ class Runs:
 
     def _add_reference(self) -> None:
         """Its own model beside the engine's; a GPU that cannot hold both goes without."""
-        normalise = self.engine.model.normalize
         try:
-            with torch.no_grad():
-                self._reference_views = [normalise(view).float().contiguous() for view in self.cached]
             self.reference = ReferenceStep(self.config, self.device)
+            self._reference_views = [self.reference.prepared(view) for view in self.cached]
             self.kinds.append(REFERENCE)
         except torch.OutOfMemoryError:
             self._drop_reference()
@@ -119,24 +122,34 @@ class Runs:
             for kind in self.kinds:
                 progress.part(f"{kind}: round {turn + 1} of {rounds}")
                 wait_until_idle(self.device)
+                energy = self._meter.joules()
                 self.milliseconds[kind].append(self._stretch(kind, steps))
+                self._count_energy(kind, steps, energy)
                 if kind in self.intervals:
                     self.intervals[kind].append(self.clock.read())
+
+    def _count_energy(self, kind: str, steps: int, before: float | None) -> None:
+        """Of a stretch, with the batches that were taken out before it."""
+        after = self._meter.joules()
+        if before is not None and after is not None and after > before:
+            images = steps * self.config.optim.batch_size
+            self.images_per_joule.setdefault(kind, []).append(images / (after - before))
 
     def median(self, kind: str) -> float:
         """Milliseconds a step."""
         return estimate(self.milliseconds[kind]).median
 
-    def _stretch(self, kind: str, steps: int) -> float:
-        """Mean milliseconds of consecutive steps of one kind."""
+    def _stretch(self, kind: str, steps: int, warm: int = QUEUE) -> float:
+        """Mean milliseconds of consecutive steps of one kind; where the loader works, after `warm` of its batches."""
         if kind in (REAL, CACHED):
             with watched(self.engine, self.clock):
-                return self._timed(self._real if kind == REAL else self._cached, steps, warm=QUEUE * (kind == REAL))
+                return self._timed(self._real if kind == REAL else self._cached, steps, warm * (kind == REAL))
         if kind == LOADER:
-            return self._timed(lambda: next(self.batches), steps, warm=QUEUE)
+            return self._timed(lambda: next(self.batches), steps, warm)
         reference, (x1, x2) = self.reference, self._reference_views
         assert reference is not None
-        return self._timed(lambda: reference.train_step(x1, x2), steps)
+        lr, momentum = self.config.optim.lr, self.config.model.moco_m
+        return self._timed(lambda: reference.train_step(x1, x2, lr, momentum), steps)
 
     def _timed(self, step: Callable[[], Any], steps: int, warm: int = 0) -> float:
         for _ in range(warm):
@@ -164,14 +177,28 @@ class Runs:
 
     def trace(self, file: Path, steps: int = 3) -> None:
         """Write torch.profiler's trace of steps on JPEGs, with ranges named as the intervals (NVTX on CUDA, too)."""
-        activities = [torch.profiler.ProfilerActivity.CPU]
+        clock, activities = self.clock, [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.clock = StepClock(self.device, ranges=True)
         with torch.profiler.profile(activities=activities) as profiler:
-            self._stretch(REAL, steps)
+            self._stretch(REAL, steps, warm=0)  # what the trace holds are steps, and as many batches as steps
+        self.clock = clock
         file.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
+
+    def beside(self, steps: int = 5) -> dict[str, Beside]:
+        """Milliseconds a step on JPEGs of what runs on other streams, and the share that is hidden; CUDA only."""
+        if self.device.type != "cuda":
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "trace.json")
+            self.trace(file, steps)
+            trace = Trace.read(file)
+        training = trace.training_stream(INTERVALS)
+        if training is None:
+            return {}
+        return {kind: Beside(b.milliseconds / steps, b.hidden) for kind, b in beside(trace, training).items()}
 
     def close(self) -> None:
         """Free the loader's pipeline."""

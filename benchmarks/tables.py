@@ -28,7 +28,7 @@ def spread(estimate: Estimate) -> str:
 
 def rows(result: Result, group: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of one table, as text; an empty cell where a quantity was not measured."""
-    members = result.of(group)
+    members = [m for m in result.of(group) if not m.detail]
     quantities = list(dict.fromkeys(m.quantity for m in members))
     cells = {(m.name, m.quantity): spread(m.estimate) for m in members}
     names = list(dict.fromkeys(m.name for m in members))

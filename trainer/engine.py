@@ -70,7 +70,7 @@ class Engine:
         on_failed: Callable[[str], None] = warnings.warn,  # told of each image that this rank finds bad
     ) -> None:
         self.config, self.device, self.world = config, device, world
-        self.fingerprint = index.fingerprint
+        self.fingerprint, self.threads = index.fingerprint, threads
         self.loader = ViewLoader(
             index,
             recipe=MOCO_V3.with_crop_min(config.data.crop_min),

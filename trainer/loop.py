@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dali_pipes import Batch, DatasetError
 from trainer import checkpoint
+from trainer.advice import DataAdvisor, own_cores
 from trainer.distributed import StopVote, gathered, mean_over_ranks
 from trainer.engine import Engine
 from trainer.metrics import Display, MetricsLog, WaitClock
@@ -31,6 +32,7 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
     """
     run, batch_size = engine.config.run, engine.config.optim.batch_size
     clock, batches = WaitClock(engine.device), _batches(engine)
+    advisor = DataAdvisor(engine.threads, own_cores(engine.world.local_size))
     read_step, read_time = engine.step, time.perf_counter()
     stopped = False
     while engine.step < engine.last and not stopped:
@@ -44,7 +46,7 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
         if saves or engine.step % run.log_every == 0:
             mean = _read(engine, loss)
             elapsed = time.perf_counter() - read_time
-            rate = (engine.step - read_step) * batch_size / elapsed
+            rate, waited = (engine.step - read_step) * batch_size / elapsed, clock.read()
             row = {
                 "step": engine.step,
                 "epoch": (engine.step - 1) // engine.steps_per_epoch,
@@ -53,7 +55,7 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
                 "momentum": engine.momentum,
                 "images_per_second": rate,
                 "images_per_second_per_gpu": rate / engine.world.size,
-                "data_wait": clock.read() / elapsed,
+                "data_wait": waited / elapsed,
                 "failed_images": engine.shared_failed,
             }
             if engine.scaler.is_enabled():
@@ -62,6 +64,8 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
             if log is not None:
                 log.write(row)
             display.show(row)
+            if advice := advisor.hear(waited, elapsed):
+                display.say(advice)
             if saves and log is not None:
                 _save(engine, folder, display, ends=stopped or engine.step == engine.last)
             read_step, read_time = engine.step, time.perf_counter()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablation, loader, results, step
+from benchmarks import ablation, ablation_variants, loader, results, step
 from benchmarks.command import run
 
 LOADER: Any = (loader.Loader, loader.measure_loaders, loader.draw)
@@ -52,13 +52,15 @@ def test_loader(result_of):
 
 
 def test_ablation_costs_are_differences_of_the_same_round(result_of):
-    result = result_of(ABLATION, "--seconds", "0.01", "--no-per-view")
-    whole = result.find("both views", "all on", "CPU-ms/image").values
-    less = result.find("both views", "without blur", "CPU-ms/image").values
-    cost = result.find("both views: saved by leaving out", "blur", "CPU-ms/image").values
+    result = result_of(ABLATION, "--batches", "1", "--no-sweeps")
+    groups = ["both views, dali", "view 1 alone, dali", "view 2 alone, dali"]
+    whole = result.find(groups[0], "all on", "CPU-ms/image").values
+    less = result.find(groups[0], "without blur", "CPU-ms/image").values
+    cost = result.find(f"{groups[0]}: costs", "blur", "CPU-ms/image saved by leaving it out").values
     assert cost == tuple(a - b for a, b in zip(whole, less, strict=True))
-    assert {m.name for m in result.of("both views: added to the crops")} == set(ablation.AUGMENTATIONS)
-    assert result.notes[0].startswith("both views: all on is")
+    assert {m.name for m in result.of(f"{groups[0]}: costs")} == set(ablation_variants.AUGMENTATIONS)
+    assert [note.partition(":")[0] for note in result.notes[:3]] == groups
+    assert "measured in this run: vit_conv_small" in result.notes[3]
 
 
 def test_step_intervals_sum_to_the_step(result_of, tmp_path):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks.reference_step import LoopLARS, ReferenceStep
+from benchmarks.reference_step import Changes, LoopLARS, ReferenceStep
 from model import LARS
 from trainer.config import Config, replace
 from trainer.presets import PRESETS
@@ -42,6 +42,46 @@ def test_a_step_gives_the_loss_of_the_model(config, optimizer):
     model = copy.deepcopy(reference.model)
     x1, x2 = torch.randn(2, 4, 3, 32, 32)
     expected = model(x1, x2, momentum=config.model.moco_m).item()
-    assert reference.train_step(x1, x2) == pytest.approx(expected, rel=1e-5)
+    assert reference.train_step(x1, x2, 1e-3, config.model.moco_m) == pytest.approx(expected, rel=1e-5)
     # The second step starts from other weights.
-    assert reference.train_step(x1, x2) != pytest.approx(expected, rel=1e-5)
+    assert reference.train_step(x1, x2, 1e-3, config.model.moco_m) != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture
+def views():
+    """16 images that differ in colour, so that batch norm has something to tell apart; in two views."""
+    torch.manual_seed(1)
+    colours = torch.randint(0, 200, (1, 16, 3, 1, 1))
+    return (colours + torch.randint(0, 56, (2, 16, 3, 32, 32))).to(torch.uint8)
+
+
+def losses(step, views, count=4):
+    x = [step.prepared(view) for view in views]
+    return [float(step.train_step(*x, lr=1e-3, momentum=0.9)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        Changes(foreach_ema=True),
+        Changes(fused_optimizer=True),
+        Changes(no_host_wait=True),
+        Changes(channels_last=True),
+        Changes(uint8=True),
+        Changes(foreach_ema=True, fused_optimizer=True, no_host_wait=True, channels_last=True, uint8=True),
+    ],
+)
+def test_no_change_changes_what_is_learned(config, views, optimizer, changes):
+    config = replace(config, optimizer=optimizer)
+    expected = losses(ReferenceStep(config, CPU), views)
+    assert len(set(expected)) == 4
+    assert losses(ReferenceStep(config, CPU, changes), views) == pytest.approx(expected, rel=1e-4)
+
+
+def test_bf16_is_near_and_not_the_same(config, views):
+    expected = losses(ReferenceStep(config, CPU), views)
+    found = losses(ReferenceStep(config, CPU, Changes(amp="bf16")), views)
+    assert found != expected
+    assert found[0] == pytest.approx(expected[0], rel=0.02)  # the first: from the same weights
+    assert found == pytest.approx(expected, rel=0.15)
