@@ -89,7 +89,12 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
     batch = flags.batch_size or (256 if cuda else 8)
     rounds = 2 if common.quick else common.rounds
     config = training_config(
-        common, device, progress.say, preset=flags.preset, batch_size=max(2, batch), image_size=flags.image_size
+        device,
+        progress.say,
+        preset=flags.preset,
+        batch_size=max(2, batch),
+        image_size=flags.image_size,
+        compile="off" if common.quick else "auto",
     )
     found = common.index(progress)
     images = first(found, max(len(found), batch, 2))

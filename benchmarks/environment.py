@@ -26,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "hardware": f"{gpu['name']}" if gpu else f"cpu {cores} cores",
         "device": device.type,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": cores,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "load": round(os.getloadavg()[0], 2),
@@ -35,7 +35,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if gpu else None,
         "os": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in PACKAGES},
         "torch_threads": torch.get_num_threads(),
         **commit(),
     }
@@ -72,7 +72,8 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -104,7 +105,8 @@ def _driver() -> str | None:
         return None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

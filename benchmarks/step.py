@@ -66,7 +66,6 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
     if flags.steps is not None and flags.steps < 1:
         raise ConfigError(f"--steps {flags.steps} is too small; use 1 or more")
     config = training_config(
-        common,
         device,
         progress.say,
         preset=flags.preset,
@@ -126,7 +125,6 @@ def default_preset(device: torch.device) -> str:
 
 
 def training_config(
-    common: Common,
     device: torch.device,
     say: Callable[[str], None],
     *,
@@ -134,19 +132,18 @@ def training_config(
     batch_size: int,
     image_size: int | None = None,
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto",
-    compile: Literal["auto", "on", "off"] | None = None,
+    compile: Literal["auto", "on", "off"] = "auto",
 ) -> Config:
     """The trainer's configuration that is measured, with nothing left at `auto`.
 
     Args:
-        common: of the benchmark; its short form does not wait for a compiler.
         device: where it will run.
         say: told of what this machine cannot do.
         preset: of train_ddp.py, or "" for what fits the device.
         batch_size: images a step.
         image_size: side of the views, by default the preset's.
         amp: as in train_ddp.py.
-        compile: as in train_ddp.py (default: auto, and off in the short form).
+        compile: as in train_ddp.py.
 
     Raises:
         ConfigError: the preset is not known, or a value cannot work.
@@ -163,7 +160,7 @@ def training_config(
         # The schedule's length is no part of the measurement, and its end must not come.
         epochs=1_000_000,
         amp=amp,
-        compile=compile or ("off" if common.quick else "auto"),
+        compile=compile,
     )
     if image_size is not None:
         config = configuration.replace(config, image_size=image_size)

@@ -112,7 +112,7 @@ class Runs:
         torch.cuda.reset_peak_memory_stats(self.device)
         owner = self.reference if kind == REFERENCE else self.engine
         assert owner is not None
-        return torch.cuda.memory_allocated(self.device) - _bytes(owner.model, owner.optimizer)
+        return torch.cuda.memory_allocated(self.device) - resident_bytes(owner.model, owner.optimizer)
 
     def measure(self, rounds: int, steps: int, progress: Progress) -> None:
         """`rounds` times every kind in turn, `steps` steps each."""
@@ -210,7 +210,7 @@ def _endless(engine: Engine) -> Iterator[Batch]:
         yield from engine.loader
 
 
-def _bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Of all tensors that stay between steps: parameters, buffers, gradients, the optimizer's state."""
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]

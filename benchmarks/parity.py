@@ -1,0 +1,190 @@
+"""Does the fast step learn what the plain one learns? Hundreds of steps of both on the same batches.
+
+    python -m benchmarks.parity [--preset demo] [--steps 500] [--batch-size 32] [--help]
+
+The trainer's step as it is fast (bf16, compiled where there is a compiler, channels_last, fused) beside plain eager
+float32 steps from the same weights. The yardstick is a third run, plain again, from the weights of another seed: what
+separates the two must be no more than what separates two seeds.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from benchmarks import charts
+from benchmarks.command import Common, run
+from benchmarks.environment import environment, now
+from benchmarks.generated import describe, first
+from benchmarks.progress import Progress
+from benchmarks.reference_step import Changes, ReferenceStep
+from benchmarks.results import Measurement, Result
+from benchmarks.step import training_config
+from benchmarks.tables import number
+from dali_pipes import DatasetIndex
+from trainer import config as configuration
+from trainer.config import Config, ConfigError
+from trainer.distributed import World
+from trainer.engine import Engine, build_model
+
+FAST, PLAIN, OTHER_SEED = "optimised", "plain eager float32", "plain eager float32, another seed"
+SMOOTH = 25  # steps of a mean
+LAST = 100  # steps that the end of a curve is
+WARM_UP_SHARE = 0.1  # of the schedule, which ends with the last step
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Loss curves of the optimised and the plain step on the same batches."""
+
+    common: Common = field(default_factory=Common)
+    preset: str = ""
+    """Of train_ddp.py (default: vit-s-300ep on a GPU, demo on the CPU)."""
+    batch_size: int | None = None
+    """Images a step (default: 256 on a GPU, 32 on the CPU)."""
+    image_size: int | None = None
+    """Side of the views, in pixels (default: the preset's)."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "bf16"
+    """Of the optimised step."""
+    compile: Literal["auto", "on", "off"] = "on"
+    """Of the optimised step; off where there is no compiler."""
+    steps: int = 500
+    """Steps of each run; the schedule is as long."""
+
+
+def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> Result:
+    """Run all three side by side, on each batch in turn."""
+    common, cuda = flags.common, device.type == "cuda"
+    steps = 20 if common.quick else flags.steps
+    if steps < SMOOTH and not common.quick:
+        raise ConfigError(f"--steps {flags.steps} is too small for means of {SMOOTH} steps; use {SMOOTH} or more")
+    started, env = now(), environment(device)
+    batch = flags.batch_size or (256 if cuda else 32)
+    config = training_config(
+        device,
+        progress.say,
+        preset=flags.preset,
+        batch_size=batch,
+        image_size=flags.image_size,
+        amp=flags.amp,
+        compile="off" if common.quick else flags.compile,
+    )
+    images = common.index(progress)
+    images = first(images, max(len(images), batch))
+    epochs = -(-steps // (len(images) // batch))
+    config = configuration.replace(config, epochs=epochs, warmup_epochs=round(WARM_UP_SHARE * epochs))
+    curves = train(config, device, images, steps, common.workers or min(16, env["cores"]), progress)
+    return Result(
+        benchmark="parity",
+        subject=config.model.arch,
+        created=started,
+        environment=env,
+        configuration={
+            "quick": common.quick,
+            **{key: value for key, value in config.flags().items() if key not in ("data", "out", "resume")},
+            "steps": steps,
+            "rounds": 1,
+            "data": "generated" if common.data is None else common.data.name,
+            "files": describe(images),
+        },
+        warm_up="none: the first step counts",
+        measurements=tuple(summary(curves)),
+        notes=(verdict(curves),),
+        settings={name: {"loss": [round(value, 5) for value in curve]} for name, curve in curves.items()},
+    )
+
+
+def train(
+    config: Config, device: torch.device, images: DatasetIndex, steps: int, threads: int, progress: Progress
+) -> dict[str, list[float]]:
+    """The losses of every step of the three runs."""
+    engine = Engine(config, World(), device, images, build_model(config), threads)
+    plain = {
+        name: ReferenceStep(configuration.replace(config, seed=seed), device, Changes(amp="off", no_host_wait=True))
+        for name, seed in {PLAIN: config.optim.seed, OTHER_SEED: config.optim.seed + 1}.items()
+    }
+    losses: dict[str, list[torch.Tensor]] = {name: [] for name in (FAST, *plain)}
+    progress.expect(steps)
+    try:
+        while engine.step < steps:
+            for batch in engine.loader:
+                progress.part(f"step of each: loss {float(losses[FAST][-1]):.3f}" if losses[FAST] else "step of each")
+                losses[FAST].append(engine.train_step(batch.views))
+                for name, step in plain.items():
+                    views = [step.prepared(view) for view in batch.views]
+                    loss = step.train_step(views[0], views[1], engine.lr, engine.momentum)
+                    losses[name].append(torch.as_tensor(loss))
+                if engine.step == steps:
+                    break
+    finally:
+        engine.loader.close()
+    return {name: torch.stack(values).float().tolist() for name, values in losses.items()}
+
+
+def smoothed(curve: Sequence[float]) -> NDArray[np.float64]:
+    """Means of `SMOOTH` consecutive steps, as many as fit."""
+    width = min(SMOOTH, len(curve))
+    return np.convolve(curve, np.ones(width) / width, mode="valid")
+
+
+def summary(curves: dict[str, list[float]]) -> list[Measurement]:
+    """Ends of the curves, and their distance from the plain one's."""
+    found = [
+        Measurement("loss", name, f"mean of the last {LAST} steps", (float(np.mean(curve[-LAST:])),), "neither")
+        for name, curve in curves.items()
+    ]
+    for name in (FAST, OTHER_SEED):
+        gap = np.abs(smoothed(curves[name]) - smoothed(curves[PLAIN]))
+        group = f"distance from {PLAIN}, means of {SMOOTH} steps"
+        found += [
+            Measurement(group, name, "average", (float(gap.mean()),), "lower"),
+            Measurement(group, name, "largest", (float(gap.max()),), "lower"),
+        ]
+    return found
+
+
+def verdict(curves: dict[str, list[float]]) -> str:
+    """Whether the optimised curve is nearer to the plain one than another seed's is."""
+    ours, seeds = (np.abs(smoothed(curves[name]) - smoothed(curves[PLAIN])).mean() for name in (FAST, OTHER_SEED))
+    within = "within" if ours <= seeds else "beyond"
+    return (
+        f"Over {len(curves[FAST])} steps the optimised loss is {number(ours)} from the plain one on average, "
+        f"another seed's is {number(seeds)}: {within} the noise between seeds."
+    )
+
+
+def draw(result: Result) -> Figure:
+    """Smoothed losses above, what separates them from the plain one below."""
+    chart, ((losses,), (gaps,)) = charts.figure(
+        result,
+        f"{result.subject}, amp {result.configuration['amp']}, compile {result.configuration['compile']}: "
+        "the same batches, two ways to compute",
+        [8, 6],
+    )
+    colours = {FAST: charts.ACCENT, PLAIN: "#222222", OTHER_SEED: charts.PLAIN}
+    curves = {name: result.settings[name]["loss"] for name in colours}
+    for name, curve in curves.items():
+        mean = smoothed(curve)
+        at = np.arange(len(mean)) + len(curve) - len(mean) + 1
+        losses.plot(range(1, len(curve) + 1), curve, color=colours[name], alpha=0.15, linewidth=0.6)
+        losses.plot(at, mean, color=colours[name], label=name, linewidth=1.5)
+        if name != PLAIN:
+            gaps.plot(at, mean - smoothed(curves[PLAIN]), color=colours[name], label=f"{name} - plain", linewidth=1.5)
+    gaps.axhline(0, color="#222222", linewidth=0.8)
+    losses.set_ylabel("loss")
+    gaps.set_ylabel("difference of the loss")
+    for axes in (losses, gaps):
+        axes.set_xlabel(f"step (thick: mean of the last {SMOOTH})", fontsize=9)
+        axes.legend(fontsize=8)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return chart
+
+
+if __name__ == "__main__":
+    sys.exit(run(Parity, measure_parity, draw))
