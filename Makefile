@@ -19,7 +19,7 @@ PROCESSES = $(if $(filter auto,$(NPROC)),$$($(PY) -c '$(COUNT)'),$(NPROC))
 IMAGES = $(if $(filter $(SAMPLE),$(DATA)),$(SAMPLE)/synthetic.json)
 
 .DEFAULT_GOAL := help
-.PHONY: train test test-all preview equality bench ablate report gpu-check lint format type clean help
+.PHONY: train test test-all preview equality bench ablate report doctor gpu-check lint format type clean help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -60,7 +60,7 @@ format: | $(READY) ## ruff: mend what it can
 type: | $(READY) ## mypy
 	@$(PY) -m mypy
 
-bench: | $(READY) ## where the time goes: loader, step, ablation; JSON and pictures in benchmarks/results
+bench: | $(READY) ## where the time goes: loader, step, ablation (under 10 minutes); benchmarks/results
 	@$(PY) -m benchmarks.loader $(ARGS)
 	@$(PY) -m benchmarks.step $(ARGS)
 	@$(PY) -m benchmarks.ablation $(ARGS)
@@ -70,6 +70,9 @@ ablate: | $(READY) ## what each augmentation costs
 
 report: | $(READY) ## one page from all benchmarks/results, and the README's table
 	@$(PY) -m benchmarks.report $(ARGS)
+
+doctor: | $(READY) ## what this machine has, and what will be slow or missing on it
+	@$(PY) -m benchmarks.doctor
 
 gpu-check: ## GPU tests and short benchmarks with PYTHON as it stands; installs nothing
 	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)

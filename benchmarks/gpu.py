@@ -55,13 +55,14 @@ class GpuSampler:
     def _sample(self) -> None:
         while not self._stop.wait(INTERVAL_SECONDS):
             self._samples.append(_read(self._handle))
+            self._others = max(self._others, _other_processes(self._handle))
             self._reasons |= _throttles(self._handle)
 
     def summary(self) -> dict[str, Any]:
         """`available`, and either `reason`, or the mean and the largest of each reading with its unit in its name.
 
         A reading that this driver does not offer is left out. `throttled`: reasons seen at any time. `other_processes`:
-        on the card at the start; their number as far as the driver tells it.
+        the most at any time, as far as the driver tells it.
         """
         if not self._samples:
             return {"available": False, "reason": self._missing or "the run was shorter than one sample"}

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_check [--out DIR]
 
-Runs the GPU tests, 200 steps of training on generated JPEGs, and short forms of the benchmarks, each as a process of
-its own: one that fails or hangs leaves the others alone. Uses this Python as it stands. Exit code 0: all passed; 1:
-a part failed or found no time; 2: wrong use.
+Runs the GPU tests, 200 steps of training on generated JPEGs, the equality table with the decoder, and short forms of
+the benchmarks, each as a process of its own: one that fails or hangs leaves the others alone. Uses this Python as it
+stands. Exit code 0: all passed; 1: a part failed or found no time; 2: wrong use.
 """
 
 import json
@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     """Everything to run, what matters most first."""
     cpu = flags.device == "cpu"
-    common = ["--quick", "--device", flags.device, "--images", str(flags.images), "--out", str(scratch)]
+    where = ["--device", flags.device, "--images", str(flags.images)]
+    quick = ["--quick", *where]
     small = ["--batch-size", "2", "--image-size", "32"] if cpu else []
     # The trainer takes a folder as the user has it; made here, so that its own part does not pay for it.
     tree = generated(FOLDER, flags.images).tree
@@ -112,16 +113,26 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     training += ["--device", flags.device, "--batch-size", "16" if cpu else "64", "--max-steps", str(steps), "--no-knn"]
     # A schedule that gets to work within so few steps.
     training += ["--epochs", "100", "--warmup-epochs", "5"]
+    equality = ["-m", "dali_pipes.equality", "--data", str(tree), "--device", flags.device, "--sizes", "224"]
+    equality += ["--draws", "32", "--json", str(scratch / "equality.json")]
     found = [
+        Part("doctor", ["-m", "benchmarks.doctor"], 30, lambda output: {"lines": output.splitlines()}),
         Part("GPU tests", ["-m", "pytest", "-m", "gpu", "-rf"], 240, passed),
         Part(f"{steps} training steps", training, 150, partial(trained, scratch / "run", steps)),
+        Part("equality", equality, 90, partial(_result, scratch, "equality")),
     ]
     for arch, preset in PRESETS.items():
-        arguments = ["-m", "benchmarks.step", "--preset", preset, *small, *common]
+        arguments = ["-m", "benchmarks.step", "--preset", preset, *small, *quick, "--out", str(scratch)]
         found.append(Part(f"step {arch}", arguments, 120, partial(_result, scratch, f"step-{arch}*")))
     for name in ("loader", "ablation"):
-        arguments = ["-m", f"benchmarks.{name}", *common]
+        arguments = ["-m", f"benchmarks.{name}", *quick, "--out", str(scratch)]
         found.append(Part(name, arguments, 90, partial(_result, scratch, f"{name}*")))
+    # Last: it compiles each model once more, from the cache that the steps above left.
+    for arch, preset in PRESETS.items():
+        out = scratch / f"variants_{arch}"
+        arguments = ["-m", "benchmarks.variants", "--presets", preset, *small, *quick, "--out", str(out)]
+        arguments += ["--compile", "off"] if cpu else []
+        found.append(Part(f"variants {arch}", arguments, 120, partial(_result, out, "variants*")))
     return found
 
 

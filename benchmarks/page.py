@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import gpu, tables
+from benchmarks import gpu, tables, variants
 from benchmarks.results import Result
+from trainer.presets import PRESETS
 
-TITLE = "Benchmarks"
+TITLE, NOT_YET = "Benchmarks", "not yet measured"
 INTRODUCTION = (
     "Written by `python -m benchmarks.report` from the JSON files in this folder's `results/`; no number was typed by "
     "hand. A number is the median of its repeats; in brackets the interval that holds the median of a rerun on a "
@@ -47,10 +48,11 @@ def facts(result: Result) -> str:
     files = configuration["files"]
     size = f"{files['mean_width']:.0f} x {files['mean_height']:.0f}, {files['mean_kilobytes']:.0f} KB"
     images = f"{files['files']:,} {configuration['data']} files, mean {size}. "
-    coverage = min((m.estimate.coverage for m in result.measurements if len(m.values) > 1), default=0.0)
+    stated = [m.estimate.coverage for m in result.measurements if len(m.values) > 1]
+    intervals = f", coverage of the intervals {min(stated):.0%} or more" if stated else ""
     return (
-        f"{result.created}, commit {commit}. {driver}{versions}. {images}{configuration['rounds']} rounds, "
-        f"coverage of the intervals {coverage:.0%} or more. Warm-up: {result.warm_up}. Load at the start {env['load']}."
+        f"{result.created}, commit {commit}. {driver}{versions}. {images}Rounds: {configuration['rounds']}{intervals}. "
+        f"Warm-up: {result.warm_up}. Load at the start {env['load']}."
     )
 
 
@@ -65,6 +67,8 @@ def markdown(found: Sequence[tuple[Path, Result]], folder: Path) -> str:
         for group in result.groups():
             parts.append(markdown_table(*tables.rows(result, group)))
         parts.append("\n".join(f"- {note}" for note in _notes(result)))
+    for title, header, body in unmeasured([result for _, result in found]):
+        parts += [f"## {title}", markdown_table(header, body)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -85,11 +89,28 @@ def html_page(found: Sequence[tuple[Path, Result]]) -> str:
             parts.append(f'<img alt="{html.escape(heading(result))}" src="data:image/png;base64,{data}">')
         parts += [_html_table(*tables.rows(result, group)) for group in result.groups()]
         parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in _notes(result)) + "</ul>")
+    for title, header, rows in unmeasured([result for _, result in found]):
+        parts += [f"<h2>{html.escape(title)}</h2>", _html_table(header, rows)]
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title><style>{STYLE}</style>'
         f"</head><body>\n{body}\n</body></html>\n"
     )
+
+
+def unmeasured(found: Sequence[Result]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of each table of variants that no GPU has filled yet."""
+    full = [r for r in found if r.benchmark == "variants" and r.environment["gpu"] and not r.quick]
+    measured = {group for r in full for group in r.groups()}
+    return [
+        (
+            f"variants of {arch} on a GPU",
+            [arch, *variants.QUANTITIES],
+            [[row, *(NOT_YET for _ in variants.QUANTITIES)] for row in variants.ROWS],
+        )
+        for arch in (PRESETS[name]().model.arch for name in variants.PRESETS)
+        if arch not in measured
+    ]
 
 
 def _html_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:

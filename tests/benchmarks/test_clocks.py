@@ -10,7 +10,9 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.clocks import cpu_seconds, wait_until_idle
-from benchmarks.gpu import GpuSampler, sentence
+from benchmarks.gpu import EnergyMeter, GpuSampler, sentence
+from benchmarks.source import Contender
+from benchmarks.throughput import CPU, ENERGY, RATE, _window
 
 
 def burn(seconds, ready):
@@ -45,6 +47,48 @@ def test_without_a_gpu_the_sampler_says_so():
         pass
     assert sampler.summary() == {"available": False, "reason": "the benchmark ran on the CPU"}
     assert sentence(sampler.summary()) == "no GPU readings: the benchmark ran on the CPU"
+
+
+def test_without_pynvml_the_sampler_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as if not installed
+    with GpuSampler(torch.device("cuda")) as sampler:
+        pass
+    assert "pip install nvidia-ml-py" in sentence(sampler.summary())
+
+
+def test_joules_are_the_cards_own_count(monkeypatch):
+    nvml: Any = types.ModuleType("pynvml")
+    nvml.NVMLError, nvml.nvmlDeviceGetTotalEnergyConsumption = OSError, lambda handle: 12_500  # mJ
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(gpu, "_handle", lambda device: (object(), ""))
+    assert EnergyMeter(torch.device("cuda")).joules() == 12.5
+    del nvml.nvmlDeviceGetTotalEnergyConsumption  # a card or a binding without it
+    assert EnergyMeter(torch.device("cuda")).joules() is None
+    assert EnergyMeter(torch.device("cpu")).joules() is None
+
+
+def test_a_window_of_batches_counts_images_and_energy():
+    class Source:
+        in_flight, burst, settings = 1, 1, {}
+
+        def batches(self):
+            while True:
+                yield 4
+
+        def close(self):
+            pass
+
+    class Meter(EnergyMeter):
+        def joules(self):
+            self.spent = getattr(self, "spent", 0.0) + 2.0
+            return self.spent
+
+    cpu = torch.device("cpu")
+    contender = Contender("group", "name", Source())
+    window = _window(contender, 0.0, 3, cpu, Meter(cpu))
+    assert window[ENERGY] == 3 * 4 / 2.0
+    assert window.keys() == {RATE, CPU, ENERGY}
+    assert ENERGY not in _window(contender, 0.0, 3, cpu, EnergyMeter(cpu))
 
 
 def test_readings_become_a_sentence():

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablation, ablation_variants, loader, results, step
+from benchmarks import ablation, ablation_variants, loader, results, step, variants
 from benchmarks.command import run
 
 LOADER: Any = (loader.Loader, loader.measure_loaders, loader.draw)
 STEP: Any = (step.Step, step.measure_step, step.draw)
 ABLATION: Any = (ablation.Ablation, ablation.measure_ablation, ablation.draw)
+VARIANTS: Any = (variants.Variants, variants.measure_variants, variants.draw)
 SMALL = ["--device", "cpu", "--workers", "1", "--batch-size", "2", "--image-size", "32", "--rounds", "2"]
 
 
@@ -77,6 +78,18 @@ def test_step_intervals_sum_to_the_step(result_of, tmp_path):
     rate = result.find(step.RATES, "step on JPEGs", "images/s").values
     assert rate == pytest.approx([1000 * 2 / ms for ms in whole])
     assert '"forward q"' in trace.read_text()
+
+
+def test_variants_from_the_reference_to_the_trainers_step(result_of):
+    result = result_of(VARIANTS, "--presets", "demo", "--compile", "off")
+    rates = [m for m in result.of("vit_conv_small") if m.quantity == "images/s"]
+    # On the CPU there is no bf16 row, and without a compiler no compiled one; each is said.
+    left_out = {"+ bf16, no loss scaler", "+ torch.compile"}
+    assert [m.name for m in rates] == [row for row in variants.ROWS if row not in left_out]
+    assert all(any(row in note and "left out" in note for note in result.notes) for row in left_out)
+    times = result.find("vit_conv_small", variants.OURS, "ms/step").values
+    assert rates[-1].values == pytest.approx([1000 * 2 / ms for ms in times])
+    assert not any(m.headline for m in result.measurements)
 
 
 @pytest.mark.parametrize(

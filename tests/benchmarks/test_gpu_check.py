@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 
-from benchmarks import gpu_check, results
+from benchmarks import ablation, gpu_check, loader, results, step, variants
 from benchmarks.gpu_check import GpuCheck, Part, parts, passed, trained
 
 
@@ -87,9 +88,27 @@ def test_the_parts_are_all_there(monkeypatch):
         tree = Path("tree")
 
     monkeypatch.setattr(gpu_check, "generated", lambda folder, count: Index)
-    names = [p.name for p in parts(GpuCheck(), Path("scratch"))]
-    steps = ["step vit_small", "step vit_base", "step resnet50"]
-    assert names == ["GPU tests", "200 training steps", *steps, "loader", "ablation"]
+    found = parts(GpuCheck(), Path("scratch"))
+    steps, variants = ([f"{kind} {arch}" for arch in gpu_check.PRESETS] for kind in ("step", "variants"))
+    first = ["doctor", "GPU tests", "200 training steps", "equality"]
+    assert [p.name for p in found] == [*first, *steps, "loader", "ablation", *variants]
+    # Each part's result is looked for where the part writes it.
+    for p in found[len(first) :]:
+        assert p.arguments[p.arguments.index("--out") + 1] == str(p.findings.args[0])
+
+
+def test_every_part_takes_its_flags(monkeypatch, capsys):
+    class Index:
+        tree = Path("tree")
+
+    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: Index)
+    modules = {"loader": loader.Loader, "ablation": ablation.Ablation, "step": step.Step, "variants": variants.Variants}
+    for device in ("cuda", "cpu"):
+        for p in parts(GpuCheck(device=device), Path("scratch")):
+            name = p.arguments[1].removeprefix("benchmarks.")
+            if name in modules:
+                flags = tyro.cli(modules[name], args=p.arguments[2:], config=(tyro.conf.OmitArgPrefixes,))
+                assert flags.common.quick
 
 
 def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """Pages and the README's table, from results whose numbers are known."""
 
+from dataclasses import replace
+
 import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import report, results
+from benchmarks.results import Measurement
 
 README = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nEnd.\n"
 
@@ -32,6 +35,23 @@ def test_the_page_holds_every_number_and_refers_to_the_plot(folder):
     assert "0123456789" in page
     assert "torch 2.9.0" in page
     assert "no GPU readings: the benchmark ran on the CPU" in page
+
+
+def test_what_no_gpu_has_measured_says_so(folder, result):
+    write(folder)
+    for page in ("REPORT.md", "REPORT.html"):
+        text = (folder / "out" / page).read_text()
+        for arch in ("vit_small", "vit_base", "resnet50"):
+            assert f"variants of {arch} on a GPU" in text
+    assert "| + channels_last | not yet measured | not yet measured |" in (folder / "out" / "REPORT.md").read_text()
+    gpu = result().environment | {"gpu": {"name": "H200"}, "hardware": "h200"}
+    rows = (Measurement("vit_base", "reference-style step", "images/s", (700.0, 710.0), "higher"),)
+    results.write(replace(result(), benchmark="variants", environment=gpu, measurements=rows), folder / "results")
+    write(folder)
+    text = (folder / "out" / "REPORT.md").read_text()
+    assert "variants of vit_base on a GPU" not in text
+    assert "variants of vit_small on a GPU" in text
+    assert "| reference-style step | 700 (700 to 710) |" in text
 
 
 def test_the_html_needs_no_other_file(folder):
