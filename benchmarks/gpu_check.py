@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_check [--out DIR]
 
-Runs the GPU tests, 200 steps of training on generated JPEGs, and short forms of the benchmarks, each as a process of
-its own: one that fails or hangs leaves the others alone. Uses this Python as it stands. Exit code 0: all passed; 1:
-a part failed or found no time; 2: wrong use.
+Runs the GPU tests, the table of equality with Pillow, 200 steps of training on generated JPEGs, and short forms of the
+benchmarks, each as a process of its own: one that fails or hangs leaves the others alone. Uses this Python as it
+stands. Exit code 0: all passed; 1: a part failed or found no time; 2: wrong use.
 """
 
 import json
@@ -112,8 +112,12 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     training += ["--device", flags.device, "--batch-size", "16" if cpu else "64", "--max-steps", str(steps), "--no-knn"]
     # A schedule that gets to work within so few steps.
     training += ["--epochs", "100", "--warmup-epochs", "5"]
+    equality = ["-m", "dali_pipes.equality", "--data", str(ROOT / "tests" / "photos"), "--device", flags.device]
+    equality += ["--draws", "24", "--sizes", *(["32"] if cpu else ["224", "96", "32"])]
+    equality += ["--json", str(scratch / "equality.json")]
     found = [
         Part("GPU tests", ["-m", "pytest", "-m", "gpu", "-rf"], 240, passed),
+        Part("equality", equality, 60, partial(_result, scratch, "equality")),
         Part(f"{steps} training steps", training, 150, partial(trained, scratch / "run", steps)),
     ]
     for arch, preset in PRESETS.items():

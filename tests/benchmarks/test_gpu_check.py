@@ -89,7 +89,7 @@ def test_the_parts_are_all_there(monkeypatch):
     monkeypatch.setattr(gpu_check, "generated", lambda folder, count: Index)
     names = [p.name for p in parts(GpuCheck(), Path("scratch"))]
     steps = ["step vit_small", "step vit_base", "step resnet50"]
-    assert names == ["GPU tests", "200 training steps", *steps, "loader", "ablation"]
+    assert names == ["GPU tests", "equality", "200 training steps", *steps, "loader", "ablation"]
 
 
 def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
