@@ -182,7 +182,8 @@ def _scan_val(tree: Path, display: Display) -> DatasetIndex | None:
 
 
 def _scan(tree: Path, display: Display) -> DatasetIndex:
-    index = DatasetIndex.scan(tree)
+    with display.counting(f"looking at the images in {tree}") as progress:
+        index = DatasetIndex.scan(tree, progress=progress)
     if index.rejected:
         path, reason = index.rejected[0]
         display.say(f"{tree}: {len(index.rejected)} files set aside, first {path}: {reason}")
