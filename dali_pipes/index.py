@@ -43,7 +43,11 @@ class DatasetIndex:
 
     def path(self, row: int) -> str:
         """One file's path; a run takes them one by one, and so does not hold ImageNet's names twice in every rank."""
-        return os.path.join(self.tree, self.names[row])
+        return self._prefix + self.names[row]
+
+    @cached_property
+    def _prefix(self) -> str:
+        return os.path.join(self.tree, "")
 
     @cached_property
     def paths(self) -> list[str]:
