@@ -113,13 +113,14 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     training += ["--device", flags.device, "--batch-size", "16" if cpu else "64", "--max-steps", str(steps), "--no-knn"]
     # A schedule that gets to work within so few steps.
     training += ["--epochs", "100", "--warmup-epochs", "5"]
-    equality = ["-m", "dali_pipes.equality", "--data", str(tree), "--device", flags.device, "--sizes", "224"]
-    equality += ["--draws", "32", "--json", str(scratch / "equality.json")]
+    equality = ["-m", "dali_pipes.equality", "--data", str(ROOT / "tests" / "photos"), "--device", flags.device]
+    equality += ["--draws", "24", "--sizes", *(["32"] if cpu else ["224", "96", "32"])]
+    equality += ["--json", str(scratch / "equality.json")]
     found = [
         Part("doctor", ["-m", "benchmarks.doctor"], 30, lambda output: {"lines": output.splitlines()}),
         Part("GPU tests", ["-m", "pytest", "-m", "gpu", "-rf"], 240, passed),
+        Part("equality", equality, 60, partial(_result, scratch, "equality")),
         Part(f"{steps} training steps", training, 150, partial(trained, scratch / "run", steps)),
-        Part("equality", equality, 90, partial(_result, scratch, "equality")),
     ]
     for arch, preset in PRESETS.items():
         arguments = ["-m", "benchmarks.step", "--preset", preset, *small, *quick, "--out", str(scratch)]

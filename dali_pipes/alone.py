@@ -22,9 +22,9 @@ from dali_pipes.arguments import (
     saturation_matrix,
 )
 from dali_pipes.gap import Gap
-from dali_pipes.graph import decoded
+from dali_pipes.graph import Decoder, decoded
 from dali_pipes.operators import Inputs, Node
-from dali_pipes.reference import adjusted, load_image
+from dali_pipes.reference import adjusted
 from dali_pipes.sampling import SampleParams
 from dali_pipes.views import ViewSpec
 
@@ -66,23 +66,18 @@ def apply(
     return [[np.array(output[i]) for i in range(len(pixels))] for output in outputs]
 
 
-def decode(paths: Sequence[str], device: str = "cpu") -> list[NDArray[np.uint8]]:
-    """The pixels that the graph's decoder gives for these files."""
+def decode(paths: Sequence[str], device: str = "cpu", jpeg_engine: bool = True) -> list[NDArray[np.uint8]]:
+    """The pixels that the graph's decoder gives for these files; of JPEGs on CUDA, its engine or CUDA itself."""
 
     @pipeline_def(
         batch_size=len(paths), num_threads=2, device_id=None if device == "cpu" else 0, prefetch_queue_depth=1
     )
     def graph() -> Node:
         names = [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
-        return decoded(fn.external_source(source=lambda: names, batch=True), on_gpu=device != "cpu")
+        return decoded(fn.external_source(source=lambda: names, batch=True), Decoder(device != "cpu", jpeg_engine))
 
     (output,) = graph().run()
     return [np.array(image) for image in output.as_cpu()]
-
-
-def decoder_gap(paths: Sequence[str], device: str = "cpu") -> Gap:
-    """The decoder against Pillow."""
-    return Gap.between(decode(paths, device), map(load_image, paths))
 
 
 def operator_gaps(

@@ -43,10 +43,10 @@ def crop_arguments(window: Window, size: int) -> Arguments:
     pad = np.where(scale > 1, np.ceil(scale) + 2, 0).astype(np.int32)
     padded = window.shape + 2 * pad
     start, end = pad + window.origin * scale, pad + (window.origin + size) * scale
-    weights = np.ones((*scale.shape, size), np.float32)
-    inside = _inside_share(np.maximum(scale, 1.0), window.shape)
-    weights[:, :, 0] = np.where(window.origin == 0, inside, 1.0)
-    weights[:, :, -1] = np.where(window.origin + size == window.resized, inside, weights[:, :, -1])
+    weights = np.ones((2, len(scale), size), np.float32)  # of rows, of columns
+    inside = _inside_share(np.maximum(scale, 1.0), window.shape).T
+    weights[:, :, 0] = np.where(window.origin.T == 0, inside, 1.0)
+    weights[:, :, -1] = np.where((window.origin + size == window.resized).T, inside, weights[:, :, -1])
 
     # Pillow 13 resizes vertically first where the height loses more than twice the pixels that the width loses, and
     # horizontally first otherwise (Pillow PR 9549; the bound measured over 60 shapes); up to 12 it is always the
@@ -65,8 +65,8 @@ def crop_arguments(window: Window, size: int) -> Arguments:
         "second_start": np.where(first, 0, start).astype(np.float32),
         "second_end": np.where(first, size, end).astype(np.float32),
         "rows_first": rows_first,
-        "row_weights": weights[:, 0, :, None, None],
-        "column_weights": weights[:, 1, None, :, None],
+        "row_weights": weights[0, :, :, None, None],
+        "column_weights": weights[1, :, None, :, None],
     }
 
 
@@ -77,9 +77,9 @@ def _inside_share(scale: NDArray[np.float64], length: NDArray[np.int32]) -> NDAr
     same share holds for the last output. 1 at scale 1.
     """
     reach = int(np.ceil(scale.max())) + 1
-    pixel = np.arange(-reach, 2 * reach)
-    kernel = np.maximum(1 - np.abs(pixel + 0.5 - scale[..., None] / 2) / scale[..., None], 0)
-    return (kernel * ((pixel >= 0) & (pixel < length[..., None]))).sum(-1) / kernel.sum(-1)
+    pixel = np.arange(-reach, 2 * reach).reshape(-1, *(1,) * scale.ndim)  # first: NumPy sums that axis fastest
+    kernel = np.maximum(1 - np.abs(pixel + 0.5 - scale / 2) / scale, 0)
+    return (kernel * ((pixel >= 0) & (pixel < length))).sum(0) / kernel.sum(0)
 
 
 def colour_arguments(params: SampleParams, spec: ViewSpec) -> Arguments:

@@ -2,8 +2,9 @@
 
     python -m dali_pipes.equality --data DIR --sizes 224 96 32 --draws 100
 
-A row an operator, by itself on the pixels that torchvision has before it; and a row a view, as the loader that trains
-gives it. Both sides are given the same parameters, and start from the same files.
+First the decoder: on a GPU its JPEG engine and its CUDA decoder apart. Then a row a DALI operator, by itself on the
+pixels that torchvision has before it; and a row a view, as the loader that trains gives it. Both sides are given the
+same parameters, and start from the same files; on a GPU, where a decoder's pixels are its own, from those pixels.
 """
 
 import itertools
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import tyro
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dali_pipes.alone import decoder_gap, operator_gaps
+from dali_pipes.alone import decode, operator_gaps
+from dali_pipes.augment import Augment, why_not_fused
 from dali_pipes.gap import Gap
 from dali_pipes.index import DatasetIndex
 from dali_pipes.loader import ViewLoader
@@ -58,6 +62,7 @@ def main(
     sizes: tuple[int, ...] = (224, 96, 32),
     draws: int = 100,
     device: Literal["cpu", "cuda"] = "cpu",
+    augment: Literal["auto", "fused", "dali"] = "auto",
     recipe: Literal["moco-v3", "moco-v2", "simclr", "multi-crop"] = "moco-v3",
     seed: int = 0,
     file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -68,7 +73,8 @@ def main(
         data: folder of images; its train/, if there is one.
         sizes: of the views, pixels; of the largest one, if they differ.
         draws: of parameters; images are taken in the order of a run's epochs, again if there are fewer.
-        device: where to decode and augment; on cuda the views also show the decoder's own difference.
+        device: where to decode and augment.
+        augment: who makes the views of the crops, DALI's operators or the fused kernels; auto: as in training.
         recipe: whose views; the operators by themselves have the strengths of its first view.
         seed: of the order and of what is drawn.
         file: also write the table here, as JSON.
@@ -76,25 +82,50 @@ def main(
     if draws < 1 or min(sizes, default=0) < 1:
         raise ValueError(f"--draws {draws} --sizes {' '.join(map(str, sizes))}: give numbers above 0")
     index = DatasetIndex.scan(data / "train" if (data / "train").is_dir() else data)
-    rows = table(index, RECIPES[recipe], sizes, draws, device, seed)
+    chosen: Augment = "dali" if augment == "dali" else "fused"
+    if augment == "auto" and (device == "cpu" or why_not_fused(torch.device(device), RECIPES[recipe]) is not None):
+        chosen = "dali"
+    decoder = decoder_rows(index, draws, device, seed)
+    rows = table(index, RECIPES[recipe], sizes, draws, device, seed, chosen)
     versions = {name: version(name) for name in ("pillow", "torchvision", "nvidia-dali-cuda120")}
-    title = f"{recipe}, {draws} draws over {len(index)} images, {device}; " + ", ".join(map(" ".join, versions.items()))
+    where = device if device == "cpu" else torch.cuda.get_device_name()
+    title = f"{recipe}, {draws} draws over {len(index)} images, {where}, views by {chosen}; "
     # Piped, the width of a terminal is not known: nothing is to be cut off.
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(_drawn(rows, title))
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(_drawn(decoder, f"decoder, {where}"))
+    console.print(_drawn(rows, title + ", ".join(map(" ".join, versions.items()))))
     if file is not None:
-        facts = {"data": str(data), "images": len(index), "recipe": recipe, "draws": draws, "device": device}
-        content = {**facts, "seed": seed, "versions": versions, "rows": [asdict(row) for row in rows]}
+        facts = {"data": str(data), "images": len(index), "recipe": recipe, "draws": draws, "device": where}
+        tables = {"decoder": [asdict(row) for row in decoder], "rows": [asdict(row) for row in rows]}
+        content = {**facts, "augment": chosen, "seed": seed, "versions": versions, **tables}
         file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def table(
-    index: DatasetIndex, recipe: Recipe, sizes: Sequence[int], draws: int, device: str = "cpu", seed: int = 0
-) -> list[Row]:
-    """The decoder, then for each size every operator and every view of the recipe."""
-    decoder = Gap()
+def decoder_rows(index: DatasetIndex, draws: int, device: str = "cpu", seed: int = 0) -> list[Row]:
+    """The decoder against Pillow; on CUDA the JPEG engine, CUDA without it, and the one against the other."""
+    gaps = defaultdict[str, Gap](Gap)
     for rows, _ in _chunks(index, min(draws, len(index)), seed):
-        decoder += decoder_gap([index.path(row) for row in rows], device)
-    found = [Row.of(None, "decoder", decoder)]
+        paths = [index.path(row) for row in rows]
+        theirs, ours = list(map(load_image, paths)), decode(paths, device)
+        gaps["decoder" if device == "cpu" else "JPEG engine on"] += Gap.between(ours, theirs)
+        if device != "cpu":
+            by_cuda = decode(paths, device, jpeg_engine=False)
+            gaps["JPEG engine off"] += Gap.between(by_cuda, theirs)
+            gaps["on against off"] += Gap.between(ours, by_cuda)
+    return [Row.of(None, name, gap) for name, gap in gaps.items()]
+
+
+def table(
+    index: DatasetIndex,
+    recipe: Recipe,
+    sizes: Sequence[int],
+    draws: int,
+    device: str = "cpu",
+    seed: int = 0,
+    augment: Augment = "dali",
+) -> list[Row]:
+    """For each size every DALI operator, and every view of the recipe by that back end."""
+    found = []
     for size in sizes:
         spec, alone = recipe.scaled(size).views[0], defaultdict[str, Gap](Gap)
         for rows, epoch in _chunks(index, draws, seed):
@@ -103,23 +134,29 @@ def table(
             for name, gap in operator_gaps(images, spec, params, device).items():
                 alone[name] += gap
         found += [Row.of(spec.size, name, gap) for name, gap in alone.items()]
-        views = view_gaps(index, recipe, size, draws, device, seed)
+        views = view_gaps(index, recipe, size, draws, device, seed, augment)
         found += [Row.of(size, f"view {number}", gap) for number, gap in enumerate(views, start=1)]
     return found
 
 
 def view_gaps(
-    index: DatasetIndex, recipe: Recipe, size: int, draws: int, device: str = "cpu", seed: int = 0
+    index: DatasetIndex,
+    recipe: Recipe,
+    size: int,
+    draws: int,
+    device: str = "cpu",
+    seed: int = 0,
+    augment: Augment = "dali",
 ) -> list[Gap]:
     """Of each view of the loader to the reference, over that many images, in the order of its epochs."""
     batch_size = min(_BATCH, len(index))
-    loader = ViewLoader(index, recipe, batch_size, seed, device=device, image_size=size, num_threads=2)
+    loader = ViewLoader(index, recipe, batch_size, seed, device=device, image_size=size, num_threads=2, augment=augment)
     specs = recipe.scaled(size).views
     gaps, left = [Gap() for _ in specs], draws
     for epoch in itertools.count():
         for batch in loader:
             rows = batch.indices.numpy()[:left]
-            images = [load_image(index.path(row)) for row in rows]
+            images = _decoded([index.path(row) for row in rows], device)
             for view, spec in enumerate(specs):
                 params = sample_params(spec, view, seed, epoch, rows, index.heights[rows], index.widths[rows])
                 theirs = [reference_view(image, spec, params, i) for i, image in enumerate(images)]
@@ -130,6 +167,13 @@ def view_gaps(
                 loader.close()
                 return gaps
     raise AssertionError  # the epochs do not end
+
+
+def _decoded(paths: list[str], device: str) -> list[Image.Image]:
+    """By Pillow; for views that are made on a GPU, by its decoder, whose own difference has a table of its own."""
+    if device == "cpu":
+        return [load_image(path) for path in paths]
+    return [Image.fromarray(pixels) for pixels in decode(paths, device)]
 
 
 def _chunks(index: DatasetIndex, draws: int, seed: int) -> Iterator[tuple[NDArray[np.int64], int]]:

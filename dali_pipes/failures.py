@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from dali_pipes.index import READERS, DatasetError, DatasetIndex, check_file
+from dali_pipes.file_check import check_file
+from dali_pipes.index import READERS, DatasetError, DatasetIndex
 
 
 def tolerated(count: int) -> int:

@@ -11,6 +11,8 @@ Solarizing, normalising and casting are part of whichever launch comes last for 
 blur, not after it: the blur is symmetric and integer, so the two commute exactly. The kernels: `fused_kernels.py`.
 """
 
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,10 +53,7 @@ class FusedView:
     def __init__(self, spec: ViewSpec, output: str, device: torch.device) -> None:
         if output not in OUTPUTS:
             raise ValueError(f"output {output!r} is none of {', '.join(OUTPUTS)}")
-        if spec.size > _LARGEST:
-            raise ValueError(f"view size {spec.size} is too large for the fused kernels; use at most {_LARGEST}")
-        if spec.blur > 0:
-            box_taps(np.array(spec.sigma))  # its error, before the first batch
+        check_spec(spec)
         self._spec, self._device, self._dtype = spec, device, getattr(torch, output)
         self._kernels = _kernels(device)
         self._table = _normalised(self._dtype).to(device)
@@ -110,6 +109,53 @@ class FusedView:
             kernels.blur[lines](unblurred, unblurred, table, records, size, True, False, _LINES, **exact)
             kernels.blur[lines](unblurred, view, table, records, size, False, normalise, _LINES, **exact)
         return view.permute(0, 3, 1, 2)
+
+
+class FusedViews:
+    """All views of a batch, on a CUDA stream of their own: they overlap with the next decoding and with training.
+
+    The host waits for nothing: the stream waits for DALI, and the current stream for this one.
+
+    Args:
+        specs: of the views; see `FusedView`, also for the errors.
+        output: likewise.
+        device: likewise.
+    """
+
+    def __init__(self, specs: Sequence[ViewSpec], output: str, device: torch.device) -> None:
+        self._views = [FusedView(spec, output, device) for spec in specs]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._in_use: deque[tuple[torch.cuda.Event, Sequence[torch.Tensor]]] = deque()
+
+    def __call__(self, crops: Sequence[torch.Tensor], drawn: Sequence[SampleParams]) -> tuple[torch.Tensor, ...]:
+        """The views of these crops, which must be ready for work queued on `stream`; see `FusedView`."""
+        views = zip(self._views, crops, drawn, strict=True)
+        made = tuple(view(crop, params, self.stream) for view, crop, params in views)
+        if self.stream is not None:
+            # The crops are DALI's memory: it has them back when the kernels are known to be done.
+            self._in_use.append((self.stream.record_event(), crops))
+            while self._in_use and self._in_use[0][0].query():
+                self._in_use.popleft()
+        return made
+
+
+def check_spec(spec: ViewSpec) -> None:
+    """Whether the kernels can make such a view.
+
+    Raises:
+        ValueError: it is too large, or a sigma needs more than five taps.
+    """
+    if spec.size > _LARGEST:
+        raise ValueError(f"view size {spec.size} is too large for the fused kernels; use at most {_LARGEST}")
+    if spec.blur > 0:
+        box_taps(np.array(spec.sigma))
+
+
+def interpreted() -> bool:
+    """Whether Triton, if there, runs kernels on the CPU in this process: TRITON_INTERPRET=1 was set at its import."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def pack(params: SampleParams, spec: ViewSpec) -> NDArray[np.void]:

@@ -1,19 +1,39 @@
 """The DALI graph: read ▸ decode once ▸ views. It applies parameters and draws nothing: one graph serves any epoch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from dali_pipes import operators
+from dali_pipes.index import DatasetIndex
 from dali_pipes.views import ViewSpec
 
 OUTPUTS = ("uint8", "float16", "float32")
+_BUFFER = 4096  # side, pixels: 48 MiB of RGB. A dataset's few larger images cost a new allocation each
 
-# All JPEGs that the hardware engine can read go to it. DALI's default is a share of each batch, and then the decoder of
-# an image, and with it perhaps a pixel, would depend on the image's place in the batch. Without an engine: no effect.
-_HARDWARE_SHARE = 1.0
+
+@dataclass(frozen=True)
+class Decoder:
+    """Where and how images are decoded. On the GPU, JPEGs by its hardware engine or by CUDA, all or none.
+
+    DALI's default is a share of each batch for the engine; then the decoder of an image, and with it perhaps a pixel,
+    would depend on the image's place in the batch. The engine reads baseline JPEGs; what it cannot read, and all where
+    there is no engine (A100, H100 and later have one), goes to CUDA as without it.
+    """
+
+    on_gpu: bool = False
+    jpeg_engine: bool = True
+    height: int = 0  # of the engine's buffer, pixels: room for most images; 0: it grows as images need
+    width: int = 0
+
+    @classmethod
+    def of(cls, index: DatasetIndex, device: torch.device, jpeg_engine: bool = True) -> "Decoder":
+        """With a buffer for the index's largest image, within `_BUFFER`: it does not grow in the middle of a run."""
+        height, width = int(index.heights.max()), int(index.widths.max())
+        return cls(device.type == "cuda", jpeg_engine, min(height, _BUFFER), min(width, _BUFFER))
 
 
 def build_pipeline(
@@ -23,7 +43,9 @@ def build_pipeline(
     *,
     batch_size: int,
     device: torch.device,
+    decoder: Decoder,
     output: str,
+    crops_only: bool,
     num_threads: int,
     prefetch: int,
 ) -> Any:
@@ -36,29 +58,34 @@ def build_pipeline(
         specs: for each view, what it applies.
         batch_size: the largest N.
         device: "cpu", or a CUDA device: then decoding and augmentation run there.
+        decoder: on the same device.
         output: "uint8": RGB; "float16", "float32": normalised with ImageNet's mean and deviation.
+        crops_only: the views are the crops, uint8, and nothing else is applied.
         num_threads: of the host's work: reading, parsing, and on the CPU decoding and augmentation.
         prefetch: batches kept ready or in work.
 
     Returns:
         An `nvidia.dali.Pipeline`. Its failures are `RuntimeError`, after which it is no longer valid.
     """
-    on_gpu = device.type == "cuda"
 
     @pipeline_def(
         batch_size=batch_size,
         num_threads=num_threads,
-        device_id=device.index if on_gpu else None,
+        device_id=device.index if device.type == "cuda" else None,
         prefetch_queue_depth=prefetch,
         enable_conditionals=True,
     )
     def graph() -> tuple[Any, ...]:
         path, *flat = fn.external_source(source=source, num_outputs=1 + sum(map(len, names)), batch=True)
-        image = decoded(path, on_gpu)
+        image = decoded(path, decoder)
         views = []
         for i in range(len(specs)):
             inputs = {name: flat.pop(0) for name in names[i]}
-            views.append(operators.finish(operators.view(image, inputs, specs[i]), inputs["flip"], output))
+            if crops_only:
+                view = operators.crop(image, inputs, specs[i].size)
+            else:
+                view = operators.finish(operators.view(image, inputs, specs[i]), inputs["flip"], output)
+            views.append(view)
         return tuple(views)
 
     pipeline = graph()
@@ -66,15 +93,19 @@ def build_pipeline(
     return pipeline
 
 
-def decoded(path: Any, on_gpu: bool) -> Any:
+def decoded(path: Any, decoder: Decoder) -> Any:
     """The images of files, uint8 (height, width, 3) RGB: on the CPU bit for bit what Pillow's convert("RGB") gives."""
     # Reading by mmap makes a file that became empty stick: every later batch fails, too.
     encoded = fn.io.file.read(path, dont_use_mmap=True)
+    options: dict[str, Any] = {}
+    if decoder.on_gpu:
+        options["hw_decoder_load"] = 1.0 if decoder.jpeg_engine else 0.0
+        options["preallocate_height_hint"], options["preallocate_width_hint"] = decoder.height, decoder.width
     return fn.decoders.image(
         encoded,
-        device="mixed" if on_gpu else "cpu",
+        device="mixed" if decoder.on_gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,  # as torchvision's ImageFolder loader
         jpeg_fancy_upsampling=True,  # as libjpeg-turbo; off, nvJPEG differs from it by up to 84 levels
-        hw_decoder_load=_HARDWARE_SHARE,
+        **options,
     )

@@ -8,23 +8,18 @@ import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from dali_pipes.listing import DatasetError, listing
+from dali_pipes.file_check import Level, check_file
+from dali_pipes.listing import DatasetError, Listing, listing
+from dali_pipes.scan_cache import Looks, ScanCache, default_file, joined, split, stamp
 
-Level = Literal["header", "full"]
 Pathlike = str | os.PathLike[str]
 
-# what DALI decodes, by Pillow's name of the type; MPO is a camera's JPEG with a second picture behind it
-_TYPES = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
-_MOST_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a gigabyte as RGB
-_TAIL = 4096  # bytes in which a JPEG's end marker is looked for; what cameras append is usually less
 READERS = 16  # threads: most of the work is waiting for the disk
 
 
@@ -48,7 +43,11 @@ class DatasetIndex:
 
     def path(self, row: int) -> str:
         """One file's path; a run takes them one by one, and so does not hold ImageNet's names twice in every rank."""
-        return os.path.join(self.tree, self.names[row])
+        return self._prefix + self.names[row]
+
+    @cached_property
+    def _prefix(self) -> str:
+        return os.path.join(self.tree, "")
 
     @cached_property
     def paths(self) -> list[str]:
@@ -58,14 +57,18 @@ class DatasetIndex:
     @cached_property
     def fingerprint(self) -> str:
         """Of the rows and their order, 32 hexadecimal digits; the place of the tree is no part of it."""
-        digest = hashlib.sha256(_joined(self.names))
+        digest = hashlib.sha256(joined(self.names))
         for column in (self.labels, self.widths, self.heights):
             digest.update(column.astype("<i8").tobytes())
         return digest.hexdigest()[:32]
 
     @classmethod
     def scan(
-        cls, tree: Pathlike, level: Level = "header", progress: Callable[[int, int], None] | None = None
+        cls,
+        tree: Pathlike,
+        level: Level = "header",
+        progress: Callable[[int, int], None] | None = None,
+        cache: Pathlike | None = None,
     ) -> "DatasetIndex":
         """Looks at every image file below `tree`: classes and rows in torchvision's ImageFolder order.
 
@@ -76,23 +79,26 @@ class DatasetIndex:
             level: "header" reads type, size and end marker of each file; "full" decodes every pixel.
             progress: called now and then, at most about a thousand times, with the number of files looked at, and of
                 all; and once at the end.
+            cache: file of what earlier scans of this tree found, good ones and rejected: a file of the same size and
+                modification time is not opened again. Default: the user's own, under $XDG_CACHE_HOME or ~/.cache.
 
         Raises:
             DatasetError: no such folder or list, no image in it that can be read, or a line of the list is wrong.
         """
         found = listing(Path(tree))
-        paths = [os.path.join(found.root, name) for name in found.names]
-        checks = _checked(paths, level, progress)
-        rejected = [(path, check.reason) for path, check in zip(paths, checks, strict=True) if check.reason]
-        good = [row for row, check in enumerate(checks) if not check.reason]
+        remembered = ScanCache(Path(cache) if cache is not None else default_file(Path(tree), level), level)
+        looks = _looked_at(found, level, progress, remembered)
+        rejected = [(os.path.join(found.root, found.names[row]), reason) for row, reason in looks.reasons.items()]
+        good = [row for row in range(len(looks)) if row not in looks.reasons]
         if not good:
-            raise DatasetError(f"{tree}: none of {len(paths)} images can be read; {rejected[0][0]}: {rejected[0][1]}")
+            path, reason = rejected[0]
+            raise DatasetError(f"{tree}: none of {len(looks)} images can be read; {path}: {reason}")
         return cls(
             tree=found.root,
             names=[found.names[row] for row in good],
             labels=np.array([found.labels[row] for row in good], np.int64),
-            widths=np.array([checks[row].width for row in good], np.int32),
-            heights=np.array([checks[row].height for row in good], np.int32),
+            widths=looks.widths[good],
+            heights=looks.heights[good],
             classes=found.classes,
             rejected=rejected,
         )
@@ -126,7 +132,7 @@ class DatasetIndex:
         with open(partly, "wb") as out:
             np.savez(
                 out,
-                names=np.frombuffer(_joined(self.names), np.uint8),
+                names=np.frombuffer(joined(self.names), np.uint8),
                 labels=self.labels,
                 widths=self.widths,
                 heights=self.heights,
@@ -146,7 +152,7 @@ class DatasetIndex:
                 text = json.loads(columns["text"].tobytes())
                 return cls(
                     tree=Path(text["tree"] if tree is None else tree),
-                    names=[os.fsdecode(name) for name in columns["names"].tobytes().split(b"\0")],
+                    names=split(columns["names"]),
                     labels=columns["labels"],
                     widths=columns["widths"],
                     heights=columns["heights"],
@@ -161,69 +167,32 @@ class DatasetIndex:
             raise DatasetError(f"{os.fspath(file)} is not a dataset index; scan the images again ({error})") from None
 
 
-@dataclass(frozen=True)
-class FileCheck:
-    """What one look at a file found: its size, or the reason why it cannot be used."""
-
-    width: int = 0
-    height: int = 0
-    reason: str = ""
-
-
-def _checked(paths: list[str], level: Level, progress: Callable[[int, int], None] | None) -> list[FileCheck]:
+def _looked_at(found: Listing, level: Level, progress: Callable[[int, int], None] | None, cache: ScanCache) -> Looks:
     """All files, many at a time; `progress` is called from here, not from the threads."""
-    checks = []
+
+    def look(names: list[str]) -> Looks:
+        looks = []
+        for name in names:
+            path = os.path.join(found.root, name)
+            before = stamp(path)  # taken first: a change while the file is read shows the next time
+            known = cache.known(name, before)
+            looks.append((before, known if known is not None else check_file(path, level)))
+        return Looks.of(looks)
+
+    count, done = len(found.names), 0
+    portion = max(1, count // 1000)
+    parts: list[Looks] = []
     # What Pillow warns of is rejected by `check_file`. The filter is the process's, so it is set around all threads.
     with warnings.catch_warnings(), ThreadPoolExecutor(READERS) as pool:
         warnings.simplefilter("ignore")
-        for done, check in enumerate(pool.map(partial(check_file, level=level), paths), start=1):
-            checks.append(check)
-            if progress is not None and (done == len(paths) or done % max(1, len(paths) // 1000) == 0):
-                progress(done, len(paths))
-    return checks
-
-
-def check_file(path: str, level: Level = "header") -> FileCheck:
-    """Whether an image file can be used; never raises for what is wrong with the file."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                return FileCheck(reason="empty file")
-            with Image.open(file) as image:
-                width, height = image.size
-                if image.format not in _TYPES:
-                    return FileCheck(reason=f"{image.format} is not a type that the decoder reads")
-                if width * height > _MOST_PIXELS:
-                    return FileCheck(reason=f"{width} x {height} is over the limit of {_MOST_PIXELS} pixels")
-                if level == "full" or not _ends(file, size, image.format):
-                    image.load()
-    except Image.UnidentifiedImageError:
-        return FileCheck(reason=_unidentified(path))
-    except Image.DecompressionBombError as error:
-        return FileCheck(reason=str(error))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-        return FileCheck(reason=str(error) or type(error).__name__)
-    return FileCheck(width, height)
-
-
-def _unidentified(path: str) -> str:
-    with open(path, "rb") as file:
-        jpeg = file.read(2) == b"\xff\xd8"
-    return "a JPEG that is damaged or of an unsupported kind, such as 12-bit" if jpeg else "not an image"
-
-
-def _ends(file: BinaryIO, size: int, kind: str) -> bool:
-    """Whether the file has its type's end mark where it should be; without one, only decoding tells."""
-    marks = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-    if kind not in marks:
-        return True
-    place = file.tell()
-    file.seek(max(0, size - _TAIL))
-    tail = file.read()
-    file.seek(place)
-    return marks[kind] in tail
-
-
-def _joined(names: list[str]) -> bytes:
-    return b"\0".join(os.fsencode(name) for name in names)
+        try:
+            for part in pool.map(look, [found.names[at : at + portion] for at in range(0, count, portion)]):
+                parts.append(part)
+                done += len(part)
+                if progress is not None:
+                    progress(done, count)
+        finally:  # also after a Ctrl-C: what was looked at need not be again
+            pool.shutdown(cancel_futures=True)
+            looks = Looks.joined(parts)
+            cache.save(found.names, looks)
+    return looks

@@ -1,4 +1,4 @@
-"""What the trainer and the evaluation iterate over."""
+"""What the trainer iterates over."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dali_pipes.augment import Augment, output_types
 from dali_pipes.failures import gone_bad, tolerated, too_many
-from dali_pipes.graph import OUTPUTS
+from dali_pipes.fused import FusedViews
+from dali_pipes.graph import Decoder
 from dali_pipes.index import DatasetError, DatasetIndex
-from dali_pipes.plan import EvalPlan, Position, ViewPlan
+from dali_pipes.plan import Position, ViewPlan
 from dali_pipes.stream import BrokenBatch, Stream
 from dali_pipes.views import MOCO_V3, Recipe
 
@@ -26,18 +28,6 @@ class Batch:
     """
 
     views: tuple[torch.Tensor, ...]
-    indices: torch.Tensor
-
-
-@dataclass(frozen=True)
-class EvalBatch:
-    """N images, float32 (N, 3, crop, crop), channels_last strides, normalised, on the loader's device.
-
-    `labels`: int64 (N,) on the same device. `indices`: int64 (N,), rows of the index, on the CPU.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
     indices: torch.Tensor
 
 
@@ -65,8 +55,13 @@ class ViewLoader:
         world_size: number of processes that share the epoch.
         device: "cpu", or "cuda" or "cuda:0": then decoding and augmentation run there.
         image_size: scales the recipe to views of this size (`Recipe.scaled`).
-        output: "uint8": RGB, not normalised; "float16", "float32": normalised with ImageNet's mean and deviation.
+        output: "uint8": RGB, not normalised; "float16", "float32", and of the fused kernels "bfloat16": normalised with
+            ImageNet's mean and deviation.
         num_threads: DALI's threads of this process.
+        augment: who does what follows the crop, "dali": its operators; "fused": the kernels of `fused.py`, on CUDA.
+            The views differ by the operators' rounding.
+        jpeg_engine: on CUDA, whether JPEGs go to the GPU's hardware engine, where it has one and the engine can read
+            them; the CUDA decoder's pixels may be others.
         max_failed: images that may go bad before the loader stops (default: `failures.tolerated`, a thousandth of the
             index and at least 10); 0 stops at the first.
         on_failed: called with one line for each image that is found bad.
@@ -89,12 +84,16 @@ class ViewLoader:
         image_size: int = 224,
         output: str = "uint8",
         num_threads: int = 4,
+        augment: Augment = "dali",
+        jpeg_engine: bool = True,
         max_failed: int | None = None,
         on_failed: Callable[[str], None] = warnings.warn,
     ) -> None:
-        _check_arguments(batch_size, rank, world_size, num_threads)
-        if output not in OUTPUTS:
-            raise ValueError(f"output {output!r} is none of {', '.join(OUTPUTS)}")
+        check_arguments(batch_size, rank, world_size, num_threads)
+        device, recipe = available(device), recipe.scaled(image_size)
+        outputs = output_types(augment, device, recipe)
+        if output not in outputs:
+            raise ValueError(f"output {output!r} is none of {', '.join(outputs)}")
         share = len(index) // world_size
         if batch_size > share:
             raise DatasetError(
@@ -102,8 +101,11 @@ class ViewLoader:
                 f"({len(index)} images, {world_size} ranks); "
                 + (f"use at most {share}" if share else f"use at most {len(index)} ranks")
             )
-        self._plan = ViewPlan(index, recipe.scaled(image_size).views, seed, batch_size, rank, world_size)
-        self._stream = Stream(self._plan, _device(device), output, num_threads)
+        fused = FusedViews(recipe.views, output, device) if augment == "fused" else None
+        crops_only = fused is not None
+        self._plan = ViewPlan(index, recipe.views, seed, batch_size, rank, world_size, crops_only)
+        decoder = Decoder.of(index, device, jpeg_engine)
+        self._stream = Stream(self._plan, device, decoder, output, num_threads, fused)
         self._index, self._position = index, Position(0, 0)
         self._global_batch = batch_size * world_size
         self._max_failed = tolerated(len(index)) if max_failed is None else max_failed
@@ -119,7 +121,7 @@ class ViewLoader:
             rows, views = self._take()
             # The position moves before the batch is handed over: a state taken in the loop's body goes on behind it.
             self._position = self._plan.after(self._position)
-            yield Batch(tuple(view.permute(0, 3, 1, 2) for view in views), torch.from_numpy(rows))
+            yield Batch(views, torch.from_numpy(rows))
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of that epoch; within the current epoch the position stays.
@@ -206,71 +208,8 @@ class ViewLoader:
         self._plan.fail(failed)
 
 
-class EvalLoader:
-    """Each image once a pass, with its label: for k-NN, linear probe and fine-tuning.
-
-    `train=False`: in the index's order, shorter side resized to `resize`, centre `crop`, as torchvision's `Resize` and
-    `CenterCrop`; the ranks' shares are disjoint and complete, so some ranks may hold one image more.
-    `train=True`: in the epoch's order, random resized crop (area 0.08 to 1) and flip, pure functions of
-    (seed, epoch, index row); every rank holds as many images, so that ranks stay in step: the
-    len(index) % world_size images at the end of the permutation sit out that epoch. `resize` has no meaning then.
-
-    Each iteration starts at the beginning of a pass; the last batch may be smaller. With `train=True` call `set_epoch`
-    before each pass, as with torch's DistributedSampler: without it every pass is the same.
-
-    Raises:
-        ValueError: an argument is out of range.
-        DatasetError: fewer images than ranks; while iterating: an image went bad since the scan.
-    """
-
-    def __init__(
-        self,
-        index: DatasetIndex,
-        batch_size: int,
-        resize: int = 256,
-        crop: int = 224,
-        train: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        device: str | torch.device = "cpu",
-        seed: int = 0,
-        num_threads: int = 4,
-    ) -> None:
-        _check_arguments(batch_size, rank, world_size, num_threads)
-        if crop < 1 or (not train and crop > resize):
-            raise ValueError(f"crop {crop} does not fit into images resized to {resize}; use at most {resize}")
-        if len(index) < world_size:
-            raise DatasetError(
-                f"{len(index)} images are too few for {world_size} ranks; use at most {len(index)} ranks"
-            )
-        self._index = index
-        self._plan = EvalPlan(index, resize, crop, train, seed, batch_size, rank, world_size)
-        self._stream = Stream(self._plan, _device(device), "float32", num_threads)
-        self._epoch = 0
-
-    def __len__(self) -> int:
-        """Batches in a pass of this rank, the last and perhaps smaller one included."""
-        return self._plan.steps
-
-    def __iter__(self) -> Iterator[EvalBatch]:
-        epoch = self._epoch
-        for step in range(len(self)):
-            rows, (images,) = _take(self._stream, self._plan, Position(epoch, step))
-            labels = torch.from_numpy(self._index.labels[rows]).to(images.device, non_blocking=True)
-            yield EvalBatch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(rows))
-
-    def set_epoch(self, epoch: int) -> None:
-        """The order and the crops of the next pass, with `train=True`; no effect otherwise."""
-        if epoch < 0:
-            raise ValueError(f"epoch {epoch} is below 0")
-        self._epoch = epoch if self._plan.train else 0
-
-    def close(self) -> None:
-        """Free the pipeline; iterating again builds a new one."""
-        self._stream.close()
-
-
-def _check_arguments(batch_size: int, rank: int, world_size: int, num_threads: int) -> None:
+def check_arguments(batch_size: int, rank: int, world_size: int, num_threads: int) -> None:
+    """ValueError that names the one that is out of range."""
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size} is below 1")
     if not 0 <= rank < world_size:
@@ -279,7 +218,8 @@ def _check_arguments(batch_size: int, rank: int, world_size: int, num_threads: i
         raise ValueError(f"{num_threads} DALI threads are too few; use 1 or more")
 
 
-def _device(device: str | torch.device) -> torch.device:
+def available(device: str | torch.device) -> torch.device:
+    """The device with its index; ValueError if DALI cannot run there."""
     device = torch.device(device)
     if device.type == "cpu":
         return device
@@ -288,13 +228,3 @@ def _device(device: str | torch.device) -> torch.device:
             f"device {device} is not there for DALI; use cpu" + (" or cuda" if torch.cuda.is_available() else "")
         )
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
-
-
-def _take(stream: Stream, plan: EvalPlan, position: Position) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
-    """The batch of that position; a failure of DALI's becomes an error that names the files."""
-    try:
-        return stream.take(position)
-    except BrokenBatch as broken:
-        rows, failure = broken.rows, str(broken)
-    bad = "; ".join(gone_bad(plan.index, rows, failure).values())  # out here, as in ViewLoader._take
-    raise DatasetError(f"gone bad since the images were scanned: {bad}; mend or remove it and scan again")

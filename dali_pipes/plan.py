@@ -27,6 +27,8 @@ class Position:
 class Plan(ABC):
     """The batches of one rank, each a pure function of its position and of the images known to have failed."""
 
+    crops_only = False  # whether the graph gives the crops, and what follows them is done elsewhere
+
     def __init__(
         self,
         index: DatasetIndex,
@@ -56,8 +58,8 @@ class Plan(ABC):
         """All rows of this rank in that epoch, in order."""
 
     @abstractmethod
-    def view_arguments(self, view: int, rows: NDArray[np.int64], epoch: int) -> Arguments:
-        """The inputs of one view for these rows."""
+    def view_arguments(self, view: int, rows: NDArray[np.int64], params: SampleParams) -> Arguments:
+        """The inputs of one view for these rows, from what was drawn for them."""
 
     def after(self, position: Position) -> Position:
         """The next batch's position, at the start of the next epoch where this one ends."""
@@ -75,21 +77,37 @@ class Plan(ABC):
     def names(self) -> list[list[str]]:
         """For each view, the names of its inputs."""
         row = np.zeros(1, np.int64)
-        return [list(self.view_arguments(view, row, 0)) for view in range(len(self.specs))]
+        return [list(self.view_arguments(view, row, params)) for view, params in enumerate(self.draw(row, 0))]
 
-    def inputs(self, rows: NDArray[np.int64], epoch: int) -> list[Any]:
+    def draw(self, rows: NDArray[np.int64], epoch: int) -> tuple[SampleParams, ...]:
+        """The parameters of these rows, for each view."""
+        heights, widths = self.index.heights[rows], self.index.widths[rows]
+        return tuple(
+            sample_params(spec, view, self.seed, epoch, rows, heights, widths) for view, spec in enumerate(self.specs)
+        )
+
+    def inputs(self, rows: NDArray[np.int64], drawn: Sequence[SampleParams]) -> list[Any]:
         """What the graph takes for these rows: the files' names, then the arrays that `names` lists."""
         files = [np.frombuffer(os.fsencode(self.index.path(row)), np.uint8) for row in rows]
-        views = [self.view_arguments(view, rows, epoch) for view in range(len(self.specs))]
+        views = [self.view_arguments(view, rows, params) for view, params in enumerate(drawn)]
         return [files, *(np.ascontiguousarray(array) for arrays in views for array in arrays.values())]
-
-    def _draw(self, view: int, rows: NDArray[np.int64], epoch: int) -> SampleParams:
-        heights, widths = self.index.heights[rows], self.index.widths[rows]
-        return sample_params(self.specs[view], view, self.seed, epoch, rows, heights, widths)
 
 
 class ViewPlan(Plan):
     """Pre-training: full batches of the epoch's permutation, as many for every rank; failed images replaced."""
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        specs: Sequence[ViewSpec],
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        crops_only: bool = False,
+    ) -> None:
+        super().__init__(index, specs, seed, batch_size, rank, world_size)
+        self.crops_only = crops_only
 
     @property
     def steps(self) -> int:
@@ -102,10 +120,11 @@ class ViewPlan(Plan):
         order = replace_failed(order, self.failed, self.batch_size * self.world_size)
         return equal_share(order, self.rank, self.world_size)
 
-    def view_arguments(self, view: int, rows: NDArray[np.int64], epoch: int) -> Arguments:
+    def view_arguments(self, view: int, rows: NDArray[np.int64], params: SampleParams) -> Arguments:
         """Crop and colour of one view."""
-        spec, params = self.specs[view], self._draw(view, rows, epoch)
-        return crop_arguments(Window.of_crop(params, spec.size), spec.size) | colour_arguments(params, spec)
+        spec = self.specs[view]
+        crop = crop_arguments(Window.of_crop(params, spec.size), spec.size)
+        return crop if self.crops_only else crop | colour_arguments(params, spec)
 
 
 class EvalPlan(Plan):
@@ -145,9 +164,9 @@ class EvalPlan(Plan):
         following = super().after(position)
         return following if self.train else Position(0, following.step)
 
-    def view_arguments(self, view: int, rows: NDArray[np.int64], epoch: int) -> Arguments:
+    def view_arguments(self, view: int, rows: NDArray[np.int64], params: SampleParams) -> Arguments:
         """Crop and flip."""
-        spec, params = self.specs[view], self._draw(view, rows, epoch)
+        spec = self.specs[view]
         window = Window.of_crop(params, spec.size)
         if not self.train:
             window = Window.of_centre(self.index.heights[rows], self.index.widths[rows], self.resize, spec.size)

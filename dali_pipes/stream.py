@@ -2,16 +2,28 @@
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dali_pipes.graph import build_pipeline
+from dali_pipes.fused import FusedViews
+from dali_pipes.graph import Decoder, build_pipeline
 from dali_pipes.plan import Plan, Position
+from dali_pipes.sampling import SampleParams
 
 _PREFETCH = 2  # batches ready or in work while the reader uses another one
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """A batch under way: what was asked of DALI, and what is still to be done with its crops."""
+
+    position: Position
+    rows: NDArray[np.int64]
+    drawn: tuple[SampleParams, ...]  # for each view
 
 
 class BrokenBatch(RuntimeError):
@@ -26,16 +38,25 @@ class Stream:
     """Hands out the batch of any position; asked for them in order, it has the next ones under way.
 
     The pipeline is built at first use, runs on across epochs, and is built anew only after a failure: what a jump
-    leaves in flight is waited for and dropped.
+    leaves in flight is waited for and dropped. With a plan of crops only, `fused` makes the views of them.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, output: str, num_threads: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        decoder: Decoder,
+        output: str,
+        num_threads: int,
+        fused: FusedViews | None = None,
+    ) -> None:
         self._plan, self._device, self._output, self._num_threads = plan, device, output, num_threads
+        self._decoder, self._fused = decoder, fused
         self._feed = _Feed(plan)
         self._pipeline: Any = None
 
     def take(self, position: Position) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
-        """The rows of that batch and its views: (N, size, size, 3) tensors that are DALI's own memory.
+        """The rows of that batch and its views: (N, 3, size, size) with channels_last strides, DALI's own memory.
 
         On CUDA the tensors are ready for work queued on torch's current stream; the host does not wait for them.
 
@@ -43,7 +64,9 @@ class Stream:
             BrokenBatch: DALI failed on this batch. The stream stays usable.
         """
         under_way = self._feed.under_way
-        if under_way and (under_way[0][0] != position or not self._plan.failed.isdisjoint(under_way[0][1].tolist())):
+        if under_way and (
+            under_way[0].position != position or not self._plan.failed.isdisjoint(under_way[0].rows.tolist())
+        ):
             self._drop()  # read ahead for another position, or before one of its images was known to have failed
         if not under_way:
             self._feed.next = position
@@ -52,16 +75,24 @@ class Stream:
         try:
             self._run_ahead()
             outputs = self._outputs()
-            _, rows = under_way.popleft()
+            batch = under_way.popleft()
             self._run_ahead()
         except RuntimeError as error:
-            ahead = [rows for _, rows in under_way]
+            ahead = [batch.rows for batch in under_way]
             self.close()
             raise BrokenBatch(np.concatenate([self._plan.rows(position), *ahead]), str(error)) from None
         except BaseException:  # a Ctrl-C between feeding and running: the account no longer holds
             self.close()
             raise
-        return rows, tuple(torch.from_dlpack(batch.as_tensor()) for batch in outputs)
+        return batch.rows, self._views(outputs, batch)
+
+    def _views(self, outputs: Sequence[Any], batch: _Batch) -> tuple[torch.Tensor, ...]:
+        # Out of `take`'s try block: what fails here is none of DALI's failures.
+        with torch.cuda.stream(self._consumer()):
+            images = tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+        if self._fused is not None:
+            return self._fused(images, batch.drawn)
+        return tuple(image.permute(0, 3, 1, 2) for image in images)
 
     def close(self) -> None:
         """Free the pipeline, its threads and its memory; tensors that were handed out stay valid."""
@@ -75,6 +106,8 @@ class Stream:
             self._plan.specs,
             batch_size=self._plan.batch_size,
             device=self._device,
+            decoder=self._decoder,
+            crops_only=self._plan.crops_only,
             output=self._output,
             num_threads=self._num_threads,
             prefetch=_PREFETCH,
@@ -87,8 +120,13 @@ class Stream:
 
     def _outputs(self) -> Sequence[Any]:
         # Given a stream, DALI makes it wait for the batch; DALIGenericIterator gives none, and the host waits.
-        cuda = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        return self._pipeline.outputs(cuda_stream=cuda)
+        return self._pipeline.outputs(cuda_stream=self._consumer())
+
+    def _consumer(self) -> torch.cuda.Stream | None:
+        """The stream that first reads what DALI made; None on the CPU."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self._device) if self._fused is None else self._fused.stream
 
     def _drop(self) -> None:
         try:
@@ -104,12 +142,13 @@ class _Feed:
 
     def __init__(self, plan: Plan) -> None:
         self.next = Position(0, 0)
-        self.under_way: deque[tuple[Position, NDArray[np.int64]]] = deque()
+        self.under_way: deque[_Batch] = deque()
         self._plan = plan
 
     def __call__(self) -> Sequence[Any]:
         position, self.next = self.next, self._plan.after(self.next)
         rows = self._plan.rows(position)
-        inputs = self._plan.inputs(rows, position.epoch)
-        self.under_way.append((position, rows))
+        drawn = self._plan.draw(rows, position.epoch)
+        inputs = self._plan.inputs(rows, drawn)
+        self.under_way.append(_Batch(position, rows, drawn))
         return inputs

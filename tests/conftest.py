@@ -1,6 +1,12 @@
-"""One thread a process: many tests start several, and two spinning thread pools on busy cores crawl."""
+"""One thread a process: many tests start several, and two spinning thread pools on busy cores crawl.
+
+And a cache folder of their own: what a scan remembers is not for the user's.
+"""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+_CACHE = tempfile.TemporaryDirectory(prefix="moco-v3-tests-")  # removed with the process
+os.environ["XDG_CACHE_HOME"] = _CACHE.name

@@ -29,6 +29,11 @@ class Data:
     """Lower bound of the crop's share of the image area, both views."""
     workers: Annotated[int | None, Alias(aliases=["-j"])] = None
     """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
+    augment: Literal["auto", "fused", "dali"] = "auto"
+    """Who augments after the crop: DALI's operators, or fused kernels on CUDA. The views differ by rounding only.
+    auto: as the run began; a new one: fused, dali without CUDA or a C compiler."""
+    jpeg_engine: Literal["on", "off"] = "on"
+    """On CUDA, decode JPEGs by the GPU's hardware engine where it has one; its pixels may differ from the others'."""
     max_failed: int | None = None
     """Images that may go bad during the run, others standing in, before it stops (default: 0.1 %, at least 10)."""
 
@@ -190,6 +195,7 @@ FREE = frozenset(
     (
         "data",
         "workers",
+        "augment",
         "max_failed",
         "out",
         "resume",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_pipes import MOCO_V3, DatasetIndex, ViewLoader
+from dali_pipes import MOCO_V3, DatasetIndex, Recipe, ViewLoader
 from model import LARS, MoCoV3, learning_rate, momentum_coefficient
 from trainer.config import Config
 from trainer.distributed import World
@@ -39,6 +39,11 @@ def build_model(config: Config, sync_bn: bool = True) -> MoCoV3:
         sync_bn=sync_bn,
         backbone=config.model.backbone,
     )
+
+
+def recipe(config: Config) -> Recipe:
+    """The views that the run learns from, at their size."""
+    return MOCO_V3.with_crop_min(config.data.crop_min).scaled(config.data.image_size)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -73,7 +78,7 @@ class Engine:
         self.fingerprint, self.threads = index.fingerprint, threads
         self.loader = ViewLoader(
             index,
-            recipe=MOCO_V3.with_crop_min(config.data.crop_min),
+            recipe=recipe(config),
             batch_size=config.optim.batch_size // world.size,
             seed=config.optim.seed,
             rank=world.rank,
@@ -82,6 +87,8 @@ class Engine:
             image_size=config.data.image_size,
             output="uint8",
             num_threads=threads,
+            augment="fused" if config.data.augment == "fused" else "dali",
+            jpeg_engine=config.data.jpeg_engine == "on",
             max_failed=config.data.max_failed,
             on_failed=on_failed,
         )

@@ -88,7 +88,8 @@ def _lead(argv: list[str], world: World, store: dist.Store | None, display: Disp
         found = None
     else:
         run = start.config.run
-        found = {"amp": run.amp, "compile": run.compile, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
+        resolved = {"amp": run.amp, "compile": run.compile, "augment": start.config.data.augment}
+        found = {"flags": resolved, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
     if store is not None:
         store.set(READY, json.dumps(found))
     return start if found is not None else None
@@ -100,7 +101,7 @@ def _follow(argv: list[str], store: dist.Store | None) -> Start | None:
     found = json.loads(store.get(READY))
     if found is None:
         return None
-    config = configuration.replace(configuration.parse(argv), amp=found["amp"], compile=found["compile"])
+    config = configuration.replace(configuration.parse(argv), **found["flags"])
     return Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None, found["gone"])
 
 
@@ -126,7 +127,8 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
         return 0
     display.say(
         f"{config.model.arch} on {world.size} x {device.type}, {len(index)} images, "
-        f"batch {config.optim.batch_size}, amp {config.run.amp}, compile {config.run.compile}, "
+        f"batch {config.optim.batch_size}, augment {config.data.augment}, amp {config.run.amp}, "
+        f"compile {config.run.compile}, "
         f"step {engine.step} of {engine.last}"
     )
     if trees and engine.step == 0:

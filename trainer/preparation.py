@@ -2,24 +2,27 @@
 
 import os
 import shutil
-import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.augment import missing_c_compiler, why_not_fused
 from dali_pipes.failures import tolerated
 from trainer import checkpoint
 from trainer import config as configuration
 from trainer.config import Config, ConfigError, disagreements
 from trainer.distributed import World, choose_device
-from trainer.engine import build_model
+from trainer.engine import build_model, recipe
 from trainer.metrics import Display
 from trainer.run_folder import RunFolder
 
 TRAIN_INDEX, VAL_INDEX = "train_index.npz", "val_index.npz"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     file, warnings = checkpoint.newest(config.run.out)
     if file is None:
         recorded = None  # nothing was learned there yet, so nothing binds
-    config = resolve(config, device, display.say, recorded["flags"].get("amp") if recorded else None)
+    config = resolve(config, device, display.say, recorded["flags"] if recorded else {})
 
     tree, val_tree = _trees(config.data.data)
     index = _scan(tree, display)
@@ -95,12 +98,18 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     return Start(config, file, gone, folder)
 
 
-def resolve(config: Config, device: torch.device, say: Callable[[str], None], amp_before: str | None = None) -> Config:
-    """Replace what is `auto` by what it means on this device; a run that goes on keeps its precision, `amp_before`."""
+def resolve(
+    config: Config, device: torch.device, say: Callable[[str], None], recorded: Mapping[str, Any] = NOTHING
+) -> Config:
+    """Replace what is `auto` by what it means on this device; a run that goes on keeps what is `recorded` of it.
+
+    Raises:
+        ConfigError: a flag asks for what cannot run here.
+    """
     amp: str = config.run.amp
     if amp == "auto":
-        if amp_before is not None:
-            amp = amp_before
+        if "amp" in recorded:
+            amp = recorded["amp"]
         elif device.type == "cpu" or config.run.dtype == "float64":
             amp = "off"
         else:
@@ -112,19 +121,31 @@ def resolve(config: Config, device: torch.device, say: Callable[[str], None], am
     if missing is not None:
         say(f"no {missing}: running eager, which is slower; install it to compile")
         compile_ = "off"
-    return configuration.replace(config, amp=amp, compile=compile_)
+    augment = _resolved_augment(config, device, say, recorded.get("augment"))
+    return configuration.replace(config, amp=amp, compile=compile_, augment=augment)
+
+
+def _resolved_augment(config: Config, device: torch.device, say: Callable[[str], None], before: str | None) -> str:
+    wanted: str = config.data.augment
+    if wanted == "auto":
+        wanted = before or ("fused" if device.type == "cuda" else "dali")
+        reason = why_not_fused(device, recipe(config)) if wanted == "fused" else None
+        if reason is not None:
+            say(f"{reason}: augmenting with DALI's operators, which is slower; the views differ by rounding")
+            wanted = "dali"
+    elif wanted == "fused" and (reason := why_not_fused(device, recipe(config))) is not None:
+        raise ConfigError(f"--augment fused: {reason}; use --augment dali")
+    elif before not in (None, wanted):
+        say(f"--augment {wanted}, where the run began with {before}: its views differ by rounding from here on")
+    return wanted
 
 
 def _missing_compiler(device: torch.device) -> str | None:
     """What torch.compile lacks on this machine: Triton builds a C extension, Inductor's CPU code is C++."""
-    if device.type == "cpu":
-        names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-        return None if any(map(shutil.which, names)) else f"C++ compiler ({' or '.join(names)}) on the PATH"
-    names = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
-    if not any(map(shutil.which, names)):
-        return f"C compiler ({' or '.join(names)}) on the PATH"
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
-    return None if header.exists() else f"{header} (on Debian and Ubuntu: python3-dev)"
+    if device.type != "cpu":
+        return missing_c_compiler()
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    return None if any(map(shutil.which, names)) else f"C++ compiler ({' or '.join(names)}) on the PATH"
 
 
 def _trees(data: Path) -> tuple[Path, Path | None]:
@@ -161,7 +182,8 @@ def _scan_val(tree: Path, display: Display) -> DatasetIndex | None:
 
 
 def _scan(tree: Path, display: Display) -> DatasetIndex:
-    index = DatasetIndex.scan(tree)
+    with display.counting(f"looking at the images in {tree}") as progress:
+        index = DatasetIndex.scan(tree, progress=progress)
     if index.rejected:
         path, reason = index.rejected[0]
         display.say(f"{tree}: {len(index.rejected)} files set aside, first {path}: {reason}")

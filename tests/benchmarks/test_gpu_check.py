@@ -90,7 +90,7 @@ def test_the_parts_are_all_there(monkeypatch):
     monkeypatch.setattr(gpu_check, "generated", lambda folder, count: Index)
     found = parts(GpuCheck(), Path("scratch"))
     steps, variants = ([f"{kind} {arch}" for arch in gpu_check.PRESETS] for kind in ("step", "variants"))
-    first = ["doctor", "GPU tests", "200 training steps", "equality"]
+    first = ["doctor", "GPU tests", "equality", "200 training steps"]
     assert [p.name for p in found] == [*first, *steps, "loader", "ablation", *variants]
     # Each part's result is looked for where the part writes it.
     for p in found[len(first) :]:

@@ -5,10 +5,10 @@ import torchvision.transforms as T
 from PIL import ImageFilter
 
 from dali_pipes import MOCO_V2, MOCO_V3, SIMCLR, Recipe, ViewLoader, ViewSpec, multi_crop, sample_params
-from dali_pipes.alone import decoder_gap
+from dali_pipes.alone import decode
 from dali_pipes.equality import view_gaps
 from dali_pipes.gap import Gap
-from dali_pipes.reference import ReferenceViews, reference_view
+from dali_pipes.reference import ReferenceViews, load_image, reference_view
 from tests.dali_pipes.odd_files import GOOD, write_odd_files
 
 
@@ -61,7 +61,7 @@ def test_decoded_pixels_are_pillows(tmp_path, photos, pictures):
     """Of photographs and of every odd file that the index keeps, at full size: not a bit differs."""
     write_odd_files(tmp_path / "odd", pictures[0])
     paths = photos.paths + [str(tmp_path / "odd" / name) for name in GOOD]
-    assert decoder_gap(paths).most == 0
+    assert Gap.between(decode(paths), map(load_image, paths)).most == 0
 
 
 def test_any_number_of_views(photos):

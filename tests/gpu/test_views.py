@@ -1,11 +1,28 @@
-"""The same graph on the GPU: the same views, up to the decoder's own difference, in memory of the device."""
+"""The same loader on the GPU, by either back end: the same views, up to the decoder's own difference, on the device."""
 
+import gc
+
+import numpy as np
 import pytest
 import torch
 
-from dali_pipes import EvalLoader, ViewLoader
+from dali_pipes import MOCO_V3, EvalLoader, ViewLoader, sample_params
+from dali_pipes.alone import decode
+from dali_pipes.augment import why_not_fused
+from dali_pipes.gap import Gap
+from dali_pipes.reference import load_image
+from tests.dali_pipes.test_fused import normalised
+from tests.dali_pipes.test_fused_loader import after_the_crop, crops_only
 
 SIZE = 96
+
+
+@pytest.fixture(params=["dali", "fused"])
+def augment(request):
+    reason = why_not_fused(torch.device("cuda", 0), MOCO_V3)
+    if request.param == "fused" and reason is not None:
+        pytest.fail(f"the fused kernels are not tested here: {reason}")
+    return request.param
 
 
 def views(index, device, **options):
@@ -13,8 +30,8 @@ def views(index, device, **options):
     return next(iter(loader))
 
 
-def test_views_are_channels_last_on_the_device(photos):
-    batch = views(photos, "cuda")
+def test_views_are_channels_last_on_the_device(photos, augment):
+    batch = views(photos, "cuda", augment=augment)
     for view in batch.views:
         assert view.device == torch.device("cuda", torch.cuda.current_device())
         assert view.dtype == torch.uint8
@@ -22,8 +39,8 @@ def test_views_are_channels_last_on_the_device(photos):
         assert view.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_views_are_those_of_the_cpu(photos):
-    on_gpu, on_cpu = views(photos, "cuda"), views(photos, "cpu")
+def test_views_are_those_of_the_cpu(photos, augment):
+    on_gpu, on_cpu = views(photos, "cuda", augment=augment), views(photos, "cpu")
     assert on_gpu.indices.tolist() == on_cpu.indices.tolist()
     for ours, theirs in zip(on_gpu.views, on_cpu.views, strict=True):
         gap = (ours.cpu().float() - theirs.float()).abs()
@@ -31,15 +48,43 @@ def test_views_are_those_of_the_cpu(photos):
         assert gap.mean() < 1.0
 
 
-def test_a_second_pass_gives_the_same_bytes(photos):
-    first, again = views(photos, "cuda"), views(photos, "cuda")
+@pytest.mark.parametrize("output", ["uint8", "float16", "bfloat16"])
+def test_fused_views_are_pillows_on_the_same_crops_byte_for_byte(photos, output):
+    ours = views(photos, "cuda", augment="fused", output=output)
+    crops = views(photos, "cuda", recipe=crops_only(MOCO_V3))
+    rows = ours.indices.tolist()
+    assert rows == crops.indices.tolist()
+    for number, spec in enumerate(MOCO_V3.scaled(SIZE).views):
+        params = sample_params(spec, number, 0, 0, rows, photos.heights[rows], photos.widths[rows])
+        theirs = after_the_crop(spec, crops.views[number].permute(0, 2, 3, 1).cpu().numpy(), params)
+        mine = ours.views[number].permute(0, 2, 3, 1).contiguous().view(torch.uint8).cpu().numpy()
+        expected = theirs if output == "uint8" else normalised(theirs, output).view(torch.uint8).numpy()
+        np.testing.assert_array_equal(mine, expected)
+
+
+def test_the_back_ends_differ_by_the_operators_rounding(photos):
+    fused, dali = (views(photos, "cuda", augment=augment) for augment in ("fused", "dali"))
+    for ours, theirs in zip(fused.views, dali.views, strict=True):
+        gap = Gap.between(ours.cpu().numpy(), theirs.cpu().numpy())
+        assert gap.mean < 0.05
+        assert gap.by_more < 0.005
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_either_decoder_is_near_pillow(photos, engine):
+    gap = Gap.between(decode(photos.paths, "cuda", engine), map(load_image, photos.paths))
+    assert gap.mean < 1.0
+
+
+def test_a_second_pass_gives_the_same_bytes(photos, augment):
+    first, again = views(photos, "cuda", augment=augment), views(photos, "cuda", augment=augment)
     for ours, theirs in zip(first.views, again.views, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_batches_stay_as_they_were_while_the_next_are_made(photos):
-    """What is queued on torch's stream reads the batch before DALI may use its memory again."""
-    loader = ViewLoader(photos, batch_size=2, image_size=SIZE, device="cuda")
+def test_batches_stay_as_they_were_while_the_next_are_made(photos, augment):
+    """What is queued on torch's stream reads the batch before its memory may be used again."""
+    loader = ViewLoader(photos, batch_size=2, image_size=SIZE, device="cuda", augment=augment)
     sums, kept = [], []
     for _ in range(5):
         for batch in loader:
@@ -47,7 +92,7 @@ def test_batches_stay_as_they_were_while_the_next_are_made(photos):
             sums.append(batch.views[0].float().sum())
             kept.append(batch.views[0].clone())
     assert [float(each) for each in sums] == [float(each.float().sum()) for each in kept]
-    reference = ViewLoader(photos, batch_size=2, image_size=SIZE, device="cuda")
+    reference = ViewLoader(photos, batch_size=2, image_size=SIZE, device="cuda", augment=augment)
     for epoch in range(5):
         for step, batch in enumerate(reference):
             torch.cuda.synchronize()
@@ -75,13 +120,52 @@ def test_evaluation_images_are_those_of_the_cpu(photos):
     assert (ours.images.cpu() - theirs.images).abs().mean() < 1.0 / 255 / 0.225
 
 
-def test_the_host_does_not_wait_for_a_batch(photos):
+def test_the_host_does_not_wait_for_a_batch(photos, augment):
     """Handing over a batch queues a wait on torch's stream, and none on the host."""
-    loader = ViewLoader(photos, batch_size=4, image_size=SIZE, device="cuda")
+    loader = ViewLoader(photos, batch_size=4, image_size=SIZE, device="cuda", augment=augment)
     batches = iter(loader)
-    next(batches)
+    next(batches)  # compiles the kernels
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         next(batches).views[0].float().mean()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_fused_views_overlap_with_training(photos):
+    """They are finished on their own stream while the training stream still works on the batch before."""
+    loader = ViewLoader(photos, batch_size=4, image_size=SIZE, device="cuda", augment="fused")
+    batches = iter(loader)
+    next(batches)
+    torch.cuda.synchronize()
+    training = torch.cuda.Event()
+    torch.cuda._sleep(4_000_000_000)  # about two seconds of work
+    training.record()
+    batch = next(batches)
+    assert loader._stream._fused is not None
+    stream = loader._stream._fused.stream
+    assert stream is not None
+    assert stream != torch.cuda.current_stream()
+    stream.synchronize()
+    assert not training.query()
+    sums = batch.views[0].float().sum()  # queued behind the sleep
+    torch.cuda.synchronize()
+    assert float(sums) > 0
+
+
+def test_memory_of_the_device_is_flat(photos, augment):
+    """As the driver counts it: torch's, DALI's and the decoder's."""
+    loader = ViewLoader(photos, batch_size=4, image_size=SIZE, device="cuda", augment=augment)
+
+    def epochs(count):
+        for _ in range(count):
+            for batch in loader:
+                batch.views[0].float().mean()
+        gc.collect()
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**20
+
+    before = epochs(5)
+    assert epochs(30) - before < 16

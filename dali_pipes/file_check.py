@@ -1,0 +1,66 @@
+"""One look at an image file: its size, or why it cannot be used."""
+
+import os
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+from PIL import Image
+
+Level = Literal["header", "full"]
+
+# what DALI decodes, by Pillow's name of the type; MPO is a camera's JPEG with a second picture behind it
+_TYPES = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
+_MOST_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a gigabyte as RGB
+_TAIL = 4096  # bytes in which a JPEG's end marker is looked for; what cameras append is usually less
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What one look at a file found: its size, or the reason why it cannot be used."""
+
+    width: int = 0
+    height: int = 0
+    reason: str = ""
+    passing: bool = False  # the reason may go without the file's size or time changing: its rights, its disk
+
+
+def check_file(path: str, level: Level = "header") -> FileCheck:
+    """Whether an image file can be used; never raises for what is wrong with the file."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                return FileCheck(reason="empty file")
+            with Image.open(file) as image:
+                width, height = image.size
+                if image.format not in _TYPES:
+                    return FileCheck(reason=f"{image.format} is not a type that the decoder reads")
+                if width * height > _MOST_PIXELS:
+                    return FileCheck(reason=f"{width} x {height} is over the limit of {_MOST_PIXELS} pixels")
+                if level == "full" or not _ends(file, size, image.format):
+                    image.load()
+    except Image.UnidentifiedImageError:
+        return FileCheck(reason=_unidentified(path))
+    except Image.DecompressionBombError as error:
+        return FileCheck(reason=str(error))
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+        return FileCheck(reason=str(error) or type(error).__name__, passing=getattr(error, "errno", None) is not None)
+    return FileCheck(width, height)
+
+
+def _unidentified(path: str) -> str:
+    with open(path, "rb") as file:
+        jpeg = file.read(2) == b"\xff\xd8"
+    return "a JPEG that is damaged or of an unsupported kind, such as 12-bit" if jpeg else "not an image"
+
+
+def _ends(file: BinaryIO, size: int, kind: str) -> bool:
+    """Whether the file has its type's end mark where it should be; without one, only decoding tells."""
+    marks = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+    if kind not in marks:
+        return True
+    place = file.tell()
+    file.seek(max(0, size - _TAIL))
+    tail = file.read()
+    file.seek(place)
+    return marks[kind] in tail
