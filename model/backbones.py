@@ -94,12 +94,17 @@ def features(module: nn.Module, x: Tensor) -> Tensor:
     return x.flatten(1)
 
 
+def head(module: nn.Module) -> nn.Module:
+    """What a network of this file carries behind its features."""
+    return getattr(module, _head_name(module))
+
+
 def state_without_head(module: nn.Module) -> dict[str, Tensor]:
     """State of a network of this file as the model of timm or torchvision names it, without the head."""
     if isinstance(module, Headed):
         return module.trunk.state_dict()
-    head = _head_name(module) + "."
-    return {name: value for name, value in module.state_dict().items() if not name.startswith(head)}
+    prefix = _head_name(module) + "."
+    return {name: value for name, value in module.state_dict().items() if not name.startswith(prefix)}
 
 
 def freeze_patch_projection(module: nn.Module) -> None:

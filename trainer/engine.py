@@ -165,8 +165,7 @@ class Engine:
 
 
 def compile_encoders(model: MoCoV3) -> None:
-    """torch.compile the parts that compute; `MoCoV3.forward` only composes them and stays Python."""
+    """torch.compile the parts of the model."""
     # DDP's own graph splitter would cut the encoders at every bucket.
     torch._dynamo.config.optimize_ddp = False
-    for part in (model.normalize, model.base_encoder, model.momentum_encoder, model.predictor):
-        part.compile(fullgraph=True, dynamic=False)
+    model.compile_parts()
