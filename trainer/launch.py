@@ -16,6 +16,7 @@ from dali_pipes import DatasetError, DatasetIndex
 from trainer import checkpoint
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
+from trainer.determinism import make_deterministic
 from trainer.distributed import StopVote, World, choose_device, join
 from trainer.engine import Engine, build_model
 from trainer.judgement import conclude, judge, judgeable, read_summary, write_summary
@@ -65,6 +66,8 @@ def _run(argv: list[str], world: World) -> int:
     if start is None:
         return 2
     try:
+        if start.config.run.deterministic:
+            make_deterministic()
         device = choose_device(start.config.run.device, world)
         join(world, store, device, start.config.run.timeout)
         try:
