@@ -31,8 +31,8 @@ class Spread:
 
     @property
     def collapsed(self) -> bool:
-        """Whether features or outputs are, to all practical purposes, the same for every image."""
-        return min(self.feature_std, self.output_std) < COLLAPSED
+        """Whether features or outputs are, to all practical purposes, the same for every image; False for NaN."""
+        return self.feature_std < COLLAPSED or self.output_std < COLLAPSED
 
 
 def spread(outputs: Outputs) -> Spread:

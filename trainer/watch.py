@@ -1,5 +1,6 @@
 """What a run is told of its steps, N at a time: kept on the device until it is read, bad steps named, collapse said."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -123,6 +124,8 @@ class Watch:
 
     def _collapse(self, seen: Spread) -> list[str]:
         """Said once, and again only if it had recovered."""
+        if not math.isfinite(seen.feature_std + seen.output_std):
+            return []
         before, self._collapsed = self._collapsed, seen.collapsed
         if before or not seen.collapsed:
             return []
