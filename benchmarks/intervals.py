@@ -108,7 +108,7 @@ def _milliseconds(start: Mark, stop: Mark) -> float:
 def watched(engine: Engine, clock: StepClock) -> Iterator[None]:
     """Within it, every step of the engine switches the clock where its parts begin."""
     moco = engine.model
-    parts = {"queries": "forward q", "update_momentum": "EMA", "keys": "forward k"}
+    parts = {"encode": "forward q", "update_momentum": "EMA", "keys": "forward k"}
 
     def announced(part: Callable[..., Any], interval: str, then: str | None = None) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

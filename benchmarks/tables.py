@@ -8,8 +8,10 @@ from benchmarks.results import Result
 
 
 def number(value: float) -> str:
-    """Three or four digits, no exponent where people read."""
+    """Three or four digits, no exponent where people read, but for what would else be 0."""
     magnitude = abs(value)
+    if 0 < magnitude < 5e-4:
+        return f"{value:.1e}"
     if magnitude >= 1000:
         return f"{value:,.0f}"
     if magnitude >= 100:

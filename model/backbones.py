@@ -14,6 +14,7 @@ import timm
 import torchvision.models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import ResNet
 
 from model.vision_transformer import VISION_TRANSFORMERS, check_divisible, vision_transformer
@@ -94,12 +95,17 @@ def features(module: nn.Module, x: Tensor) -> Tensor:
     return x.flatten(1)
 
 
+def head(module: nn.Module) -> nn.Module:
+    """What a network of this file carries behind its features."""
+    return getattr(module, _head_name(module))
+
+
 def state_without_head(module: nn.Module) -> dict[str, Tensor]:
     """State of a network of this file as the model of timm or torchvision names it, without the head."""
     if isinstance(module, Headed):
         return module.trunk.state_dict()
-    head = _head_name(module) + "."
-    return {name: value for name, value in module.state_dict().items() if not name.startswith(head)}
+    prefix = _head_name(module) + "."
+    return {name: value for name, value in module.state_dict().items() if not name.startswith(prefix)}
 
 
 def freeze_patch_projection(module: nn.Module) -> None:
@@ -108,6 +114,26 @@ def freeze_patch_projection(module: nn.Module) -> None:
     projection = getattr(getattr(trunk, "patch_embed", None), "proj", None)
     if isinstance(projection, nn.Conv2d):
         projection.requires_grad_(False)
+
+
+def checkpoint_activations(module: nn.Module, arch: str) -> None:
+    """Have a network of this file keep only the inputs of its blocks, and compute the blocks again for the gradient.
+
+    Raises ValueError if a block holds a batch norm, whose running statistics the second computation would move again,
+    or if timm's model called `arch` has no such form.
+    """
+    trunk = module.trunk if isinstance(module, Headed) else module
+    for name, part in trunk.named_modules():
+        # A stem before the blocks is never computed twice, nor is the projector behind them.
+        if isinstance(part, _BatchNorm) and not name.startswith(("patch_embed.", _head_name(trunk) + ".")):
+            raise ValueError(
+                f"--checkpoint-activations with --arch {arch}: its blocks hold batch norm ({name}), whose running "
+                "statistics would move twice a step; leave the flag out, or use an --arch without, such as vit_small"
+            )
+    try:
+        trunk.set_grad_checkpointing()  # type: ignore[operator]
+    except (AttributeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--checkpoint-activations: timm's {arch} does not support it; leave the flag out") from None
 
 
 def _head_name(module: nn.Module) -> str:

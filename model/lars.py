@@ -14,8 +14,12 @@ class LARS(torch.optim.Optimizer):
     decayed gradient enters the norm; a zero norm of weight or gradient means no scaling. The learning rate stays
     outside the momentum buffer, whose state key is "mu". Parameters without a gradient are skipped and get no state.
 
-    Nothing here waits for the device: trust ratios never leave it.
+    Nothing here waits for the device: trust ratios never leave it. While the attribute `found_inf` is a tensor, float32
+    of one element on the parameters' device, a step with 1 in it changes neither parameters nor buffers; the fused
+    optimizers of torch have the same.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -54,10 +58,21 @@ class LARS(torch.optim.Optimizer):
                     params[:adapted], grads[:adapted], group["weight_decay"], group["trust_coefficient"]
                 )
             buffers = [self._buffer(p) for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, grads)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            moved = list(torch._foreach_mul(buffers, group["momentum"]))
+            torch._foreach_add_(moved, grads)
+            self._write(params, list(torch._foreach_add(params, moved, alpha=-group["lr"])))
+            self._write(buffers, moved)
         return loss
+
+    def _write(self, old: list[Tensor], new: list[Tensor]) -> None:
+        if self.found_inf is None:
+            torch._foreach_copy_(old, new)
+            return
+        # torch._fused_sgd_ knows found_inf and would do the whole step in one kernel, but takes no notice of strides: a
+        # contiguous gradient of a channels_last kernel gives wrong numbers without an error (torch 2.14, CPU).
+        bad = self.found_inf.bool()
+        for before, after in zip(old, new, strict=True):
+            torch.where(bad, before, after, out=before)
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]

@@ -1,7 +1,7 @@
 """MoCo v3: two encoders, a predictor, momentum update, symmetric contrastive loss (paper, section 3, algorithm 1)."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -13,6 +13,7 @@ from model.backbones import (
     build_backbone,
     features,
     freeze_patch_projection,
+    head,
     state_without_head,
 )
 from model.contrastive import contrastive_loss
@@ -28,8 +29,7 @@ Pair = tuple[Tensor, Tensor]
 class MoCoV3(nn.Module):
     """The model that is trained. Images x are (N, 3, H, W): float, normalised; or uint8 RGB, normalised inside.
 
-    State-dict names are the reference release's: base_encoder.*, momentum_encoder.*, predictor.*. Each of these three
-    modules compiles as one graph by `.compile(fullgraph=True, dynamic=False)`; `normalize` as well.
+    State-dict names are the reference release's: base_encoder.*, momentum_encoder.*, predictor.*.
     """
 
     def __init__(self, backbone: Backbone, projector: nn.Module, predictor: nn.Module, temperature: float) -> None:
@@ -41,6 +41,7 @@ class MoCoV3(nn.Module):
         self.normalize = Normalize()
         self.feature_dim = backbone.feature_dim
         self.temperature = temperature
+        self._backbone: Callable[[nn.Module, nn.Module, Tensor], Tensor] = _features
 
     @classmethod
     def build(
@@ -84,11 +85,24 @@ class MoCoV3(nn.Module):
         return self.loss(q, k)
 
     def queries(self, x1: Tensor, x2: Tensor) -> Pair:
-        """Predictions (N, dim) for each view, with gradient.
+        """Predictions (N, dim) for each view, with gradient: encode, then predict."""
+        return self.predict(self.encode(x1, x2))
+
+    def encode(self, x1: Tensor, x2: Tensor) -> Pair:
+        """Backbone features (N, feature_dim) of each view, with gradient.
 
         The views pass one after the other: to batch norm each is a batch of its own (paper, appendix A).
         """
-        return self._query(x1), self._query(x2)
+        return self.encode_view(x1), self.encode_view(x2)
+
+    def encode_view(self, x: Tensor) -> Tensor:
+        """Backbone features (N, feature_dim) of one view, with gradient."""
+        return self._backbone(self.base_encoder, self.normalize, x)
+
+    def predict(self, f: Pair) -> Pair:
+        """Predictions (N, dim) from the backbone features of each view: projector, then predictor."""
+        project = head(self.base_encoder)
+        return self.predictor(project(f[0])), self.predictor(project(f[1]))
 
     @torch.no_grad()
     def keys(self, x1: Tensor, x2: Tensor) -> Pair:
@@ -96,7 +110,18 @@ class MoCoV3(nn.Module):
 
         In training mode with batch statistics, as for queries; running statistics are the momentum encoder's own.
         """
-        return self.momentum_encoder(self.normalize(x1)), self.momentum_encoder(self.normalize(x2))
+        return self.project_keys((self.encode_key_view(x1), self.encode_key_view(x2)))
+
+    @torch.no_grad()
+    def encode_key_view(self, x: Tensor) -> Tensor:
+        """The momentum encoder's backbone features (N, feature_dim) of one view, without gradient."""
+        return self._backbone(self.momentum_encoder, self.normalize, x)
+
+    @torch.no_grad()
+    def project_keys(self, f: Pair) -> Pair:
+        """Embeddings (N, dim) from the momentum encoder's features of each view, without gradient."""
+        project = head(self.momentum_encoder)
+        return project(f[0]), project(f[1])
 
     @torch.no_grad()
     def update_momentum(self, m: float) -> None:
@@ -112,15 +137,26 @@ class MoCoV3(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Backbone features (N, feature_dim) of the base encoder, without projector, in the module's present mode."""
-        # `forward` by name passes a compiled `normalize` by: evaluation's batch sizes would each compile it anew.
-        return features(self.base_encoder, self.normalize.forward(x))
+        # Never the compiled form: each of evaluation's batch sizes would be compiled anew.
+        return _features(self.base_encoder, self.normalize, x)
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """State of the base encoder without projector, under the names of timm's or torchvision's model."""
         return state_without_head(self.base_encoder)
 
-    def _query(self, x: Tensor) -> Tensor:
-        return self.predictor(self.base_encoder(self.normalize(x)))
+    def compile_parts(self, **options: Any) -> None:
+        """torch.compile what computes, a graph each: backbones with the normalisation before them, heads, predictor.
+
+        options: of torch.compile. The methods that compose the parts stay Python.
+        """
+        options = {"fullgraph": True, "dynamic": False, **options}
+        self._backbone = torch.compile(_features, **options)
+        for part in (head(self.base_encoder), head(self.momentum_encoder), self.predictor):
+            part.compile(**options)
+
+
+def _features(encoder: nn.Module, normalize: nn.Module, x: Tensor) -> Tensor:
+    return features(encoder, normalize(x))
 
 
 class Normalize(nn.Module):

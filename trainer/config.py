@@ -88,6 +88,8 @@ class Optim:
     """Weight decay."""
     warmup_epochs: int = 10
     """Epochs of linear warm-up from 0."""
+    clip_grad: float | None = None
+    """Scale gradients down to this norm, over all parameters, where theirs is larger (default: never)."""
     seed: int = 0
     """Of the initial weights, the order of the images and every augmentation."""
 
@@ -110,6 +112,14 @@ class Run:
     """torch.compile of the encoders. auto: on for CUDA where there is a C compiler."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of parameters and inputs; float64 is for checks."""
+    microbatch: int | None = None
+    """Images of a rank that are in the backbone at once: same loss and gradients, less memory, more time; ViTs only."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of the backbone's blocks and compute them again for the gradient: less memory, more time."""
+    deterministic: bool = False
+    """The same command gives the same numbers bit for bit, also on a GPU, where it may be slower."""
+    on_nan: Literal["skip", "stop"] = "stop"
+    """When loss or gradients are not finite, that step changes nothing; then stop at the next log line, or go on."""
     knn: bool = True
     """k-NN accuracy before the first step and after the last (needs val/ and class folders)."""
     log_every: int = 10
@@ -163,6 +173,8 @@ class Config:
             "--timeout": self.run.timeout,
             "--workers": self.data.workers,
             "--max-steps": self.run.max_steps,
+            "--microbatch": self.run.microbatch,
+            "--clip-grad": self.optim.clip_grad,
             **{f"--{name.replace('_', '-')}": value for name, value in self.model.backbone.items()},
         }
         for flag, value in positive.items():
@@ -202,6 +214,10 @@ FREE = frozenset(
         "max_steps",
         "device",
         "compile",
+        "microbatch",
+        "checkpoint_activations",
+        "deterministic",
+        "on_nan",
         "knn",
         "log_every",
         "keep",

@@ -170,8 +170,22 @@ def gathered(value: Any) -> list[Any]:
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all ranks, element by element, on the device; every rank must call it."""
-    if not dist.is_initialized():
-        return value
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    total = sum_over_ranks(value)
+    return total / dist.get_world_size() if dist.is_initialized() else total
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all ranks, element by element, on the device; every rank must call it."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Largest of a tensor over all ranks, element by element, on the device; every rank must call it."""
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def _reduced(value: torch.Tensor, operation: Any) -> torch.Tensor:
+    result = value.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(result, operation)
+    return result

@@ -4,16 +4,23 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dali_pipes import MOCO_V3, DatasetIndex, Recipe, ViewLoader
 from model import LARS, MoCoV3, learning_rate, momentum_coefficient
+from model.backbones import checkpoint_activations
 from trainer.config import Config
 from trainer.distributed import World
+from trainer.guard import Guard
+from trainer.microbatch import average_gradients, chunked_step
+from trainer.objective import Objective, Outputs
+from trainer.watch import Watch
 
 # SyncBN keeps the ranks' buffers equal already. torch 2.14 renamed the switch and warns of the old name.
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
@@ -26,10 +33,10 @@ def build_model(config: Config, sync_bn: bool = True) -> MoCoV3:
     """The model with its initial weights, the same on every rank and device: made on the CPU from `--seed`.
 
     Raises:
-        ValueError: the architecture is not known or does not take the image size.
+        ValueError: the architecture is not known, does not take the image size or cannot checkpoint its activations.
     """
     torch.manual_seed(config.optim.seed)
-    return MoCoV3.build(
+    model = MoCoV3.build(
         config.model.arch,
         dim=config.model.moco_dim,
         mlp_dim=config.model.moco_mlp_dim,
@@ -39,6 +46,9 @@ def build_model(config: Config, sync_bn: bool = True) -> MoCoV3:
         sync_bn=sync_bn,
         backbone=config.model.backbone,
     )
+    if config.run.checkpoint_activations:
+        checkpoint_activations(model.base_encoder, config.model.arch)
+    return model
 
 
 def recipe(config: Config) -> Recipe:
@@ -105,18 +115,50 @@ class Engine:
         if config.run.compile == "on":
             compile_encoders(self.model)
         self.optimizer = build_optimizer(config, self.model)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16")
-        self.forward: Callable[..., Tensor] = self.model
-        if world.torchrun:
+        self.guard = Guard(self.model)
+        self.watch = Watch(world.rank, config.run.on_nan)
+        share = config.optim.batch_size // world.size
+        self.chunk = config.run.microbatch if (config.run.microbatch or share) < share else None
+        self.forward: Callable[..., Outputs] = Objective(self.model)
+        if world.torchrun and self.chunk is None:
             self.forward = DistributedDataParallel(
-                self.model,
+                self.forward,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 **NO_BUFFER_SYNC,
             )
 
-    def train_step(self, views: tuple[Tensor, ...]) -> Tensor:
-        """One step on two views (N, 3, S, S), raw uint8 or normalised; returns this rank's loss, on the device."""
+    def train_step(self, views: tuple[Tensor, ...], indices: Tensor | None = None) -> Tensor:
+        """One step on two views (N, 3, S, S), raw uint8 or normalised; returns this rank's loss, on the device.
+
+        indices: the images' rows in the index, int64 (N,) on the CPU, to name them should the step go bad: with
+        gradients that are not finite it changes nothing in the model and the optimizer, but counts as a step.
+        """
+        self._schedule()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.guard.remember()
+        outputs = self._forward_backward(views)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        # A loss that is not finite has such gradients, and averaging has given them to every rank: no rank need ask the
+        # others.
+        norm = get_total_norm(gradients)
+        bad = ~norm.isfinite()
+        if self.config.optim.clip_grad is not None:
+            clip_grads_with_norm_(self.trained, self.config.optim.clip_grad, norm)
+        # Not by way of the scaler's step, which waits for the device with any optimizer that is not fused.
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.scaler.update()
+        self.guard.undo(bad)
+        self.step += 1
+        self.watch.add(self.step, bad, outputs, norm, self.scaler.is_enabled(), indices)
+        return outputs.loss.detach()
+
+    def _schedule(self) -> None:
+        """Learning rate and momentum coefficient of the step that comes."""
         optim, moco = self.config.optim, self.config.model
         epoch = self.step / self.steps_per_epoch
         self.lr = learning_rate(
@@ -129,14 +171,18 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
-        self.optimizer.zero_grad(set_to_none=True)
+    def _forward_backward(self, views: tuple[Tensor, ...]) -> Outputs:
+        """Loss and gradients, these averaged over the ranks; the momentum encoder has moved."""
+        if self.chunk is not None:
+            precision = partial(autocast, self.config, self.device)
+            pair = (views[0], views[1])
+            outputs = chunked_step(self.model, pair, self.momentum, self.chunk, precision, self.scaler.scale)
+            average_gradients(self.trained)
+            return outputs
         with autocast(self.config, self.device):
-            loss = self.forward(*views, momentum=self.momentum)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.step += 1
-        return loss.detach()
+            outputs = self.forward(*views, momentum=self.momentum)
+        self.scaler.scale(outputs.loss).backward()
+        return outputs
 
     def set_aside(self, rows: Iterable[int]) -> None:
         """Have other images stand in for these, which every rank knows to be bad.
@@ -154,7 +200,7 @@ class Engine:
             "flags": self.config.flags(),
             "fingerprint": self.fingerprint,
             "seconds": self.seconds,
-            "notes": self.notes,
+            "notes": {**self.notes, "skipped_steps": self.watch.skipped},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -169,11 +215,11 @@ class Engine:
         self.loader.load_state_dict(state["loader"])
         self.shared_failed = len(self.loader.failed)
         self.step, self.seconds, self.notes = state["step"], state["seconds"], state["notes"]
+        self.watch.skipped = self.notes.get("skipped_steps", 0)
 
 
 def compile_encoders(model: MoCoV3) -> None:
-    """torch.compile the parts that compute; `MoCoV3.forward` only composes them and stays Python."""
+    """torch.compile the parts of the model."""
     # DDP's own graph splitter would cut the encoders at every bucket.
     torch._dynamo.config.optimize_ddp = False
-    for part in (model.normalize, model.base_encoder, model.momentum_encoder, model.predictor):
-        part.compile(fullgraph=True, dynamic=False)
+    model.compile_parts()

@@ -87,11 +87,12 @@ def read_summary(out: Path) -> dict[str, Any] | None:
 def write_summary(engine: Engine, out: Path, knn_after: float | None) -> dict[str, Any]:
     """Write `summary.json` of a run that ended, and return it."""
     rows = read_metrics(out)
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
     summary = {
         "steps": engine.step,
         "epochs": engine.step / engine.steps_per_epoch,
-        "loss_first": rows[0]["loss"] if rows else None,
-        "loss_last": rows[-1]["loss"] if rows else None,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
         "knn_before": engine.notes.get("knn_before"),
         "knn_after": knn_after,
         "images_per_second": statistics.median(row["images_per_second"] for row in rows) if rows else None,

@@ -16,11 +16,12 @@ from dali_pipes import DatasetError, DatasetIndex
 from trainer import checkpoint
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
+from trainer.determinism import make_deterministic
 from trainer.distributed import StopVote, World, choose_device, join
 from trainer.engine import Engine, build_model
 from trainer.judgement import conclude, judge, judgeable, read_summary, write_summary
 from trainer.loop import TrainingError, fit
-from trainer.memory import fitting_batch
+from trainer.memory import fitting_batch, fitting_microbatch
 from trainer.metrics import Display, MetricsLog
 from trainer.preparation import TRAIN_INDEX, VAL_INDEX, Start, prepare
 
@@ -65,6 +66,8 @@ def _run(argv: list[str], world: World) -> int:
     if start is None:
         return 2
     try:
+        if start.config.run.deterministic:
+            make_deterministic()
         device = choose_device(start.config.run.device, world)
         join(world, store, device, start.config.run.timeout)
         try:
@@ -163,12 +166,16 @@ def _leave() -> None:
 
 
 def _out_of_memory(config: Config, world: World, device: torch.device, store: dist.Store | None) -> int:
-    """Say once which batch would fit; the other ranks wait, as torchrun ends all with the first that exits."""
+    """Say once what would fit; the other ranks wait, as torchrun ends all with the first that exits."""
     if store is not None and store.add("moco_v3/out_of_memory", 1) > 1:
         store.wait(["moco_v3/reported"], datetime.timedelta(minutes=5))
         return 2
-    fits = fitting_batch(config, world, device)
-    mend = f"a step of --batch-size {fits} fits" if fits else "no batch fits; use a smaller --arch or --image-size"
+    mends = {
+        "--microbatch {}, which learns the same": fitting_microbatch(config, world, device),
+        "--batch-size {}": fitting_batch(config, world, device),
+    }
+    fits = " or ".join(flag.format(size) for flag, size in mends.items() if size)
+    mend = f"a step fits with {fits}" if fits else "no batch fits; use a smaller --arch or --image-size"
     code = _report(ConfigError(f"--batch-size {config.optim.batch_size}: {device} is out of memory; {mend}"), 2)
     if store is not None:
         store.set("moco_v3/reported", "1")

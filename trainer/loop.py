@@ -26,8 +26,8 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
     Rank 0 has a `log` and writes the checkpoints into `folder`.
 
     Raises:
-        TrainingError: the loss is not finite, too many images went bad over all ranks, or the last checkpoint
-            could not be written.
+        TrainingError: loss or gradients were not finite (see `--on-nan`), too many images went bad over all ranks, or
+            the last checkpoint could not be written.
         DatasetError: too many images went bad on this rank.
     """
     run, batch_size = engine.config.run, engine.config.optim.batch_size
@@ -38,13 +38,15 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
     while engine.step < engine.last and not stopped:
         with clock.waiting():
             batch = next(batches)
-        loss = engine.train_step(batch.views)
+        loss = engine.train_step(batch.views, batch.indices)
         # The vote is cast every step, so that the ranks' votes meet.
         stopped = stop.passed()
         epoch_ends = engine.step % engine.steps_per_epoch == 0
         saves = epoch_ends or stopped or engine.step == engine.last
         if saves or engine.step % run.log_every == 0:
             mean = _read(engine, loss)
+            scale = engine.scaler.get_scale()  # 1 without fp16
+            seen = engine.watch.read(scale)
             elapsed = time.perf_counter() - read_time
             rate, waited = (engine.step - read_step) * batch_size / elapsed, clock.read()
             row = {
@@ -57,15 +59,20 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
                 "images_per_second_per_gpu": rate / engine.world.size,
                 "data_wait": waited / elapsed,
                 "failed_images": engine.shared_failed,
+                **seen.numbers,
             }
             if engine.scaler.is_enabled():
-                row["loss_scale"] = engine.scaler.get_scale()
+                row["loss_scale"] = scale
             engine.seconds += elapsed
             if log is not None:
                 log.write(row)
             display.show(row)
             if advice := advisor.hear(waited, elapsed):
                 display.say(advice)
+            for warning in seen.warnings:
+                display.say(f"warning: {warning}")
+            if seen.fatal is not None:
+                raise TrainingError(seen.fatal)
             if saves and log is not None:
                 _save(engine, folder, display, ends=stopped or engine.step == engine.last)
             read_step, read_time = engine.step, time.perf_counter()
@@ -88,11 +95,6 @@ def _read(engine: Engine, loss: Tensor) -> float:
             engine.set_aside({row for rows in gathered(engine.loader.failed) for row in rows})
         except DatasetError as error:  # of all ranks together, so that every rank has it
             raise TrainingError(str(error)) from None
-    if value - value != 0:
-        raise TrainingError(
-            f"loss is {value} at step {engine.step}; the run stops here. Try a lower --lr, a longer "
-            "--warmup-epochs or --amp bf16, in a new --out"
-        )
     return value
 
 

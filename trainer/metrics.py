@@ -66,10 +66,11 @@ class MetricsLog:
         self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row, JSON-ready, with its `step`."""
-        self._stream.write(json.dumps(row) + "\n")
+        """Append a row, JSON-ready, with its `step`; a number that is not finite becomes null, as JSON has none."""
+        finite = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in row.items()}
+        self._stream.write(json.dumps(finite) + "\n")
         for name, value in row.items():
-            if name not in ("step", "epoch"):
+            if name not in ("step", "epoch") and isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, row["step"])
 
     def close(self) -> None:

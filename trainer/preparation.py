@@ -19,6 +19,7 @@ from trainer.config import Config, ConfigError, disagreements
 from trainer.distributed import World, choose_device
 from trainer.engine import build_model, recipe
 from trainer.metrics import Display
+from trainer.microbatch import check_microbatch
 from trainer.run_folder import RunFolder
 
 TRAIN_INDEX, VAL_INDEX = "train_index.npz", "val_index.npz"
@@ -72,9 +73,10 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
             f"--batch-size {config.optim.batch_size}, but {tree} has {images} images; use at most {images}"
         )
     try:
-        build_model(config)
+        model = build_model(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    check_microbatch(config.run.microbatch, config.model.arch, model)
 
     if recorded is not None:
         folder.check(recorded, config, index.fingerprint)

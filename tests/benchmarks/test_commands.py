@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablation, ablation_variants, loader, results, step, variants
+from benchmarks import ablation, ablation_variants, loader, microbatch, results, step, variants
 from benchmarks.command import run
 
 LOADER: Any = (loader.Loader, loader.measure_loaders, loader.draw)
 STEP: Any = (step.Step, step.measure_step, step.draw)
+MICROBATCH: Any = (microbatch.Microbatch, microbatch.measure_microbatch, microbatch.draw)
 ABLATION: Any = (ablation.Ablation, ablation.measure_ablation, ablation.draw)
 VARIANTS: Any = (variants.Variants, variants.measure_variants, variants.draw)
 SMALL = ["--device", "cpu", "--workers", "1", "--batch-size", "2", "--image-size", "32", "--rounds", "2"]
@@ -92,6 +93,24 @@ def test_variants_from_the_reference_to_the_trainers_step(result_of):
     assert not any(m.headline for m in result.measurements)
 
 
+@pytest.mark.slow
+def test_chunks_need_less_memory_and_give_the_same(tree, tmp_path, capsys):
+    sizes = ["--batch-size", "48", "--chunks", "4", "--image-size", "64", "--depth", "1", "--rounds", "1"]
+    flags = ["--device", "cpu", "--data", str(tree), "--out", str(tmp_path), *sizes]
+    assert command(MICROBATCH, flags) == 0, capsys.readouterr().err
+    (file,) = tmp_path.glob("*.json")
+    result = results.read(file)
+
+    def value(name, quantity):
+        return result.find(microbatch.GROUP, name, quantity).values[0]
+
+    assert value("--microbatch 4", microbatch.MEMORY) < 0.8 * value(microbatch.WHOLE, microbatch.MEMORY)
+    for quantity in ("loss: relative difference", "gradients: largest difference / largest"):
+        assert value("--microbatch 4", quantity) < 1e-4
+        assert value("float64: --microbatch 4", quantity) < 1e-9
+        assert value(microbatch.WHOLE, quantity) == 0
+
+
 @pytest.mark.parametrize(
     ("benchmark", "flags", "said"),
     [
@@ -99,6 +118,8 @@ def test_variants_from_the_reference_to_the_trainers_step(result_of):
         (LOADER, ["--data", "nowhere"], "nowhere"),
         (LOADER, ["--image-size", "0"], "--image-size"),
         (ABLATION, ["--workers", "-1"], "--workers -1"),
+        (MICROBATCH, ["--chunks", "0"], "--chunks 0"),
+        (MICROBATCH, ["--preset", "r50-100ep"], "batch norm"),
         (STEP, ["--preset", "vit-x"], "vit-x"),
         (STEP, ["--image-size", "33"], "33"),
         (STEP, ["--batch-size", "1"], "--batch-size 1"),

@@ -81,9 +81,9 @@ def test_watching_changes_no_number(engine):
 def test_the_model_is_as_before_afterwards(engine):
     gather = contrastive.gather
     with watched(engine, StepClock(CPU)):
-        assert "queries" in vars(engine.model)
+        assert "encode" in vars(engine.model)
         assert contrastive.gather is not gather
-    assert not vars(engine.model).keys() & {"queries", "update_momentum", "keys", "loss"}
+    assert not vars(engine.model).keys() & {"encode", "update_momentum", "keys", "loss"}
     assert contrastive.gather is gather
     assert engine.train_step(views()).isfinite()
 

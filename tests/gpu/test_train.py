@@ -60,7 +60,9 @@ def test_out_of_memory_says_which_batch_would_fit(sample, tmp_path, capsys):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert code == 2
-    assert "is out of memory" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "is out of memory" in error
+    assert "a step fits with --microbatch" in error
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -83,6 +83,26 @@ def test_a_group_without_gradients_and_a_closure():
     assert unused not in optimizer.state
 
 
+def test_found_inf_masks_parameters_and_buffers():
+    def params():
+        return [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(3))]
+
+    masked, plain = params(), params()
+    ours, theirs = LARS(masked, lr=0.1, weight_decay=0.1), LARS(plain, lr=0.1, weight_decay=0.1)
+    for found, value in ((0.0, 0.5), (1.0, float("nan")), (0.0, -0.25)):
+        ours.found_inf = torch.tensor(found)
+        for p in masked:
+            p.grad = torch.full_like(p, value)
+        ours.step()
+        if not found:
+            for p in plain:
+                p.grad = torch.full_like(p, value)
+            theirs.step()
+        for p, q in zip(masked, plain, strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(ours.state[p]["mu"], theirs.state[q]["mu"])
+
+
 def test_a_zero_gradient_without_decay_moves_nothing():
     p = torch.nn.Parameter(torch.ones(2, 3))
     p.grad = torch.zeros(2, 3)

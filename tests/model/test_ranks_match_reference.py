@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from model import contrastive_loss
+from model.backbones import head
 from model.collectives import gather
 from tests.golden import cases, formula
 from tests.golden.compare import assert_close
@@ -19,7 +20,7 @@ def rank_step(golden, sync_bn):
     x1, x2 = (x[rank * n : (rank + 1) * n] for x in cases.views(case, n=2 * n))
     outputs: dict[str, list[torch.Tensor]] = {"q": [], "k": []}
     model.predictor.register_forward_hook(lambda *call: outputs["q"].append(call[2]))
-    model.momentum_encoder.register_forward_hook(lambda *call: outputs["k"].append(call[2]))
+    head(model.momentum_encoder).register_forward_hook(lambda *call: outputs["k"].append(call[2]))
     ddp = DistributedDataParallel(model)
     loss = ddp(x1, x2, momentum=case["m"])
     loss.backward()

@@ -34,8 +34,8 @@ def damaged_at(monkeypatch, data):
     def arrange(step, row):
         path, train_step = Path(DatasetIndex.scan(data / "train").paths[row]), Engine.train_step
 
-        def damaging(engine, views):
-            loss = train_step(engine, views)
+        def damaging(engine, *batch):
+            loss = train_step(engine, *batch)
             if engine.step == step:
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
             return loss
@@ -117,11 +117,11 @@ def test_too_many_bad_files_stop_the_run_with_one_line(train, data, monkeypatch,
     victims = DatasetIndex.scan(data / "train").paths[:45]
     train_step = Engine.train_step
 
-    def damaging(engine, views):
+    def damaging(engine, *batch):
         if engine.step == 2:
             for path in victims:
                 Path(path).write_bytes(b"")
-        return train_step(engine, views)
+        return train_step(engine, *batch)
 
     monkeypatch.setattr(Engine, "train_step", damaging)
     assert train("--no-knn", "--data", data) != 0

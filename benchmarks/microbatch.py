@@ -1,0 +1,167 @@
+"""What do chunks of a batch save, what do they cost, and do they change a number?
+
+    python -m benchmarks.microbatch [--batch-size 256] [--chunks 256 64 16] [--data DIR] [--quick] [--help]
+
+The trainer's forward and backward pass with `--microbatch`, against the plain one: memory, time, loss and gradients.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import charts
+from benchmarks.command import Common, run
+from benchmarks.environment import environment, now
+from benchmarks.generated import describe, first
+from benchmarks.microbatch_runs import Taken, take
+from benchmarks.progress import Progress
+from benchmarks.results import Measurement, Result
+from benchmarks.tables import number
+from dali_pipes import DatasetIndex, ViewLoader
+from trainer import config as configuration
+from trainer.config import Config, ConfigError
+from trainer.engine import build_model
+from trainer.microbatch import check_microbatch
+from trainer.preparation import resolve
+from trainer.presets import PRESETS
+
+GROUP, MEMORY, TIME = "microbatch", "peak memory, MB", "ms/step"
+WHOLE = "plain step, whole batch"
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One batch, whole and in chunks."""
+
+    common: Common = field(default_factory=lambda: Common(rounds=3))
+    preset: str = "vit-s-300ep"
+    """Of train_ddp.py; its backbone has no batch norm."""
+    batch_size: int = 256
+    """Images of the step."""
+    chunks: tuple[int, ...] = (256, 64, 16)
+    """Values of --microbatch to compare."""
+    image_size: int | None = None
+    """Side of the views, in pixels (default: 224 on a GPU, 64 on the CPU)."""
+    depth: int | None = None
+    """Blocks of the backbone (default: all on a GPU, 4 on the CPU)."""
+
+
+def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progress) -> Result:
+    """Run the benchmark."""
+    common, cuda = flags.common, device.type == "cuda"
+    if common.quick:
+        flags = replace(flags, batch_size=8, chunks=(8, 3), image_size=32, depth=1)
+    config = _config(flags, device, progress)
+    started, env = now(), environment(device)
+    images = first(common.index(progress), flags.batch_size)
+    views = _views(config, images, env["cores"])
+    precisions = {"": config}
+    if not cuda:
+        # Where rounding is at float64's level, the method can be told from it.
+        precisions["float64: "] = configuration.replace(config, dtype="float64")
+    taken: dict[str, Taken] = {}
+    progress.expect(len(precisions) * (1 + len(flags.chunks)))
+    for prefix, chosen in precisions.items():
+        for chunk in (None, *flags.chunks):
+            name = prefix + (WHOLE if chunk is None else f"--microbatch {chunk}")
+            progress.part(name)
+            taken[name] = take(chosen, device, views, chunk, common.rounds)
+    return Result(
+        benchmark="microbatch",
+        subject=f"{config.model.arch} {config.data.image_size}px",
+        created=started,
+        environment=env,
+        configuration={
+            "quick": common.quick,
+            **{key: value for key, value in config.flags().items() if key not in ("data", "out", "resume")},
+            "rounds": common.rounds,
+            "data": "generated" if common.data is None else common.data.name,
+            "files": describe(images),
+        },
+        warm_up="one step of 2 images; memory is that of the first whole step",
+        measurements=tuple(_measurements(taken, list(precisions))),
+        notes=tuple(_notes(taken)),
+    )
+
+
+def _config(flags: Microbatch, device: torch.device, progress: Progress) -> Config:
+    if flags.preset not in PRESETS:
+        raise ConfigError(f"--preset {flags.preset} is not known; choose from: {', '.join(PRESETS)}")
+    if min(flags.chunks, default=0) < 1:
+        raise ConfigError(f"--chunks {' '.join(map(str, flags.chunks))}: takes numbers of 1 or more")
+    cuda = device.type == "cuda"
+    preset = PRESETS[flags.preset]()
+    shortened = None if cuda or not preset.model.arch.startswith("vit_") else 4
+    config = configuration.replace(
+        preset,
+        data=Path("unused"),
+        out=Path("unused"),
+        device=device.type,
+        batch_size=flags.batch_size,
+        microbatch=min(flags.chunks),
+        image_size=flags.image_size or (224 if cuda else 64),
+        depth=flags.depth or shortened,
+        compile="off",
+    )
+    config.check(world_size=1)
+    try:
+        with torch.device("meta"):
+            model = build_model(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    check_microbatch(config.run.microbatch, config.model.arch, model)
+    return resolve(config, device, progress.say)
+
+
+def _views(config: Config, index: DatasetIndex, threads: int) -> torch.Tensor:
+    """Two views of a batch, made once on the CPU, so that every kind of step has the same."""
+    size = config.data.image_size
+    loader = ViewLoader(index, batch_size=len(index), image_size=size, num_threads=min(16, threads))
+    try:
+        return torch.stack(next(iter(loader)).views)
+    finally:
+        loader.close()
+
+
+def _measurements(taken: dict[str, Taken], prefixes: list[str]) -> Iterator[Measurement]:
+    for prefix in prefixes:
+        whole = taken[prefix + WHOLE]
+        largest = max(gradient.abs().max().item() for gradient in whole.gradients.values())
+        for name, each in taken.items():
+            if not name.startswith(prefix) or (not prefix and name.startswith("float64")):
+                continue
+            yield Measurement(GROUP, name, MEMORY, (each.megabytes,), "lower", headline=not prefix)
+            yield Measurement(GROUP, name, TIME, tuple(each.milliseconds), "lower")
+            loss = abs((each.loss - whole.loss) / whole.loss).item()
+            yield Measurement(GROUP, name, "loss: relative difference", (loss,), "lower")
+            gradients = max((g - whole.gradients[key]).abs().max().item() for key, g in each.gradients.items())
+            yield Measurement(GROUP, name, "gradients: largest difference / largest", (gradients / largest,), "lower")
+
+
+def _notes(taken: dict[str, Taken]) -> Iterator[str]:
+    whole = taken[WHOLE]
+    least = min((each for name, each in taken.items() if ":" not in name), key=lambda each: each.megabytes)
+    yield (
+        f"The step with the least memory needs {least.megabytes / whole.megabytes:.0%} of the plain step's, and "
+        f"{number(sum(least.milliseconds) / sum(whole.milliseconds))} times its time."
+    )
+    yield "Memory is what a step needs above model and views: activations, gradients and temporaries. One rank, eager."
+
+
+def draw(result: Result) -> Figure:
+    """Memory and time beside each other."""
+    rows = [m for m in result.of(GROUP) if m.quantity == MEMORY and not m.name.startswith("float64")]
+    times = [m for m in result.of(GROUP) if m.quantity == TIME and not m.name.startswith("float64")]
+    batch = result.configuration["batch_size"]
+    chart, axes = charts.figure(result, f"A batch of {batch} in chunks, {result.subject}", [len(rows)], columns=2)
+    charts.bars(axes[0][0], rows, MEMORY, accent=[WHOLE])
+    charts.bars(axes[0][1], times, TIME, accent=[WHOLE])
+    return chart
+
+
+if __name__ == "__main__":
+    sys.exit(run(Microbatch, measure_microbatch, draw))

@@ -1,0 +1,16 @@
+"""`--deterministic`: the same command gives the same numbers, bit for bit."""
+
+import os
+
+import torch
+
+
+def make_deterministic() -> None:
+    """Have torch use kernels that always add in the same order; an operation that has none raises an error.
+
+    Call it before anything has run on CUDA: cuBLAS reads its workspace setting when it starts.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False  # it picks kernels by their speed of the moment
