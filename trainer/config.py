@@ -45,6 +45,8 @@ class Model:
     """Blocks of a vit_* backbone (default: as the name says)."""
     num_heads: int | None = None
     """Attention heads of a vit_* backbone (default: as the name says)."""
+    heads: Literal["auto", "vit", "resnet"] = "auto"
+    """Layout of projector and predictor. auto: vit for transformers, resnet for convolutional networks."""
     moco_dim: int = 256
     """Output dimension of projector and predictor."""
     moco_mlp_dim: int = 4096
@@ -94,7 +96,8 @@ class Run:
     out: Path = tyro.MISSING
     """Folder of the run; the same command goes on where it stopped."""
     resume: Path | None = None
-    """Checkpoint to start a new --out from; a run in --out goes on by itself."""
+    """Checkpoint to start a new --out from, of train_ddp.py or of the reference release (.pth.tar); a run in --out goes
+    on by itself."""
     max_steps: int | None = None
     """Stop after this many steps of the schedule."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -206,12 +209,16 @@ FREE = frozenset(
 
 def disagreements(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Flags that change learning and differ between a recorded run and this command, as readable phrases."""
-    names = sorted((recorded.keys() | current.keys()) - FREE)
+    there = {**Config().flags(), **recorded}  # a flag younger than the run was at its default
+    names = sorted((there.keys() | current.keys()) - FREE)
     return [
-        f"--{name.replace('_', '-')} is {recorded.get(name)} there, {current.get(name)} here"
-        for name in names
-        if recorded.get(name) != current.get(name)
+        disagreement(name, there.get(name), current.get(name)) for name in names if there.get(name) != current.get(name)
     ]
+
+
+def disagreement(name: str, there: Any, here: Any) -> str:
+    """The phrase for one flag, named as in `Config`, that differs between a recorded run and this command."""
+    return f"--{name.replace('_', '-')} is {there} there, {here} here"
 
 
 def parse(argv: list[str], quiet: bool = False) -> Config:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from dali_pipes import DatasetError, DatasetIndex
-from trainer import checkpoint
 from trainer import config as configuration
+from trainer import resume
 from trainer.config import Config, ConfigError
 from trainer.distributed import StopVote, World, choose_device, join
 from trainer.engine import Engine, build_model
@@ -111,7 +111,7 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     threads = config.data.workers or world.default_threads()
     engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
     if start.checkpoint is not None:
-        engine.load_state_dict(checkpoint.load(start.checkpoint))
+        engine.load_state_dict(resume.start(start.checkpoint, engine))
     engine.set_aside(start.gone)
     trees = judgeable(config, index, val, world.size, display)
     summary = read_summary(out)
@@ -125,7 +125,8 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
         _leave()
         return 0
     display.say(
-        f"{config.model.arch} on {world.size} x {device.type}, {len(index)} images, "
+        f"{config.model.arch} ({engine.model.feature_dim} features, {engine.model.heads} heads) "
+        f"on {world.size} x {device.type}, {len(index)} images, "
         f"batch {config.optim.batch_size}, amp {config.run.amp}, compile {config.run.compile}, "
         f"step {engine.step} of {engine.last}"
     )

@@ -11,9 +11,9 @@ import torch
 
 from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.failures import tolerated
-from trainer import checkpoint
+from trainer import checkpoint, resume
 from trainer import config as configuration
-from trainer.config import Config, ConfigError, disagreements
+from trainer.config import Config, ConfigError
 from trainer.distributed import World, choose_device
 from trainer.engine import build_model
 from trainer.metrics import Display
@@ -69,7 +69,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
             f"--batch-size {config.optim.batch_size}, but {tree} has {images} images; use at most {images}"
         )
     try:
-        build_model(config)
+        model = build_model(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -79,12 +79,8 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
         display.say(f"warning: {warning}; going on with the one before")
     if file is None and config.run.resume is not None:
         file = config.run.resume
-        state = checkpoint.load(file)
-        differ = disagreements(state["flags"], config.flags())
-        if state["fingerprint"] != index.fingerprint:
-            differ.append("the images are others")
-        if differ:
-            raise ConfigError(f"--resume {file} is from another run: {'; '.join(differ)}")
+        for remark in resume.check(file, config, index.fingerprint, model):
+            display.say(remark)
 
     if recorded is None:
         folder.claim(config, index.fingerprint)
