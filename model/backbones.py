@@ -102,6 +102,11 @@ def state_without_head(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if not name.startswith(head)}
 
 
+def load_without_head(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `state_without_head` gave into a network whose head is still an nn.Identity."""
+    (module.trunk if isinstance(module, Headed) else module).load_state_dict(state)
+
+
 def freeze_patch_projection(module: nn.Module) -> None:
     """No gradient for a patch projection that is a single convolution; any other stem stays as it is."""
     trunk = module.trunk if isinstance(module, Headed) else module

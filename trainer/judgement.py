@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from dali_pipes import DatasetIndex, EvalLoader
-from evaluation import knn
+from dali_pipes import DatasetIndex
 from trainer.config import Config
 from trainer.engine import Engine, autocast
+from trainer.eval_reader import EvalReader
 from trainer.metrics import METRICS, Display, read_metrics
 from trainer.run_folder import write_atomically
 
@@ -51,29 +51,16 @@ def judge(engine: Engine, index: DatasetIndex, val: DatasetIndex, threads: int, 
 
 
 def _accuracy(engine: Engine, index: DatasetIndex, val: DatasetIndex, threads: int) -> float:
-    config, size = engine.config, engine.config.data.image_size
+    config, world = engine.config, engine.world
+    reader = EvalReader(config.data.image_size, world, engine.device, threads)
 
     def features(images: torch.Tensor) -> torch.Tensor:
         with autocast(config, engine.device):
             return engine.model.features(images.to(engine.dtype))
 
-    parts = []
     engine.model.eval()
-    for each in (index.without(engine.loader.failed), val):
-        loader = EvalLoader(
-            each,
-            batch_size=max(1, min(256, config.optim.batch_size // engine.world.size)),
-            resize=round(size * 256 / 224),
-            crop=size,
-            rank=engine.world.rank,
-            world_size=engine.world.size,
-            device=str(engine.device),
-            num_threads=threads,
-        )
-        parts.append(knn.extract(features, loader))
-        loader.close()
-    (bank, bank_labels), (queries, labels) = parts
-    return knn.accuracy(bank, bank_labels, queries, labels)
+    batch_size = max(1, min(256, config.optim.batch_size // world.size))
+    return reader.knn_accuracy(features, index.without(engine.loader.failed), val, batch_size)
 
 
 def read_summary(out: Path) -> dict[str, Any] | None:

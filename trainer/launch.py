@@ -2,7 +2,6 @@
 
 import datetime
 import errno
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import torch.distributed as dist
 
 from dali_pipes import DatasetError, DatasetIndex
 from trainer import config as configuration
-from trainer import resume
+from trainer import handover, resume
 from trainer.config import Config, ConfigError
 from trainer.distributed import StopVote, World, choose_device, join
 from trainer.engine import Engine, build_model
@@ -79,25 +78,17 @@ def _run(argv: list[str], world: World) -> int:
 
 def _lead(argv: list[str], world: World, store: dist.Store | None, display: Display) -> Start | None:
     """Rank 0: prepare, and tell the others; None after an error that was reported."""
-    try:
-        start = prepare(argv, world, display)
-    except (ConfigError, DatasetError) as error:
-        _report(error, 2)
-        found: dict[str, Any] | None = None
-    except SystemExit:  # tyro has said which flag is wrong
-        found = None
-    else:
-        run = start.config.run
-        found = {"amp": run.amp, "compile": run.compile, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
-    if store is not None:
-        store.set(READY, json.dumps(found))
-    return start if found is not None else None
+    return handover.lead(store, READY, lambda: prepare(argv, world, display), _packed, lambda error: _report(error, 2))
+
+
+def _packed(start: Start) -> dict[str, Any]:
+    run = start.config.run
+    return {"amp": run.amp, "compile": run.compile, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
 
 
 def _follow(argv: list[str], store: dist.Store | None) -> Start | None:
     """The other ranks: wait for what rank 0 found; None if it was an error."""
-    assert store is not None
-    found = json.loads(store.get(READY))
+    found = handover.follow(store, READY)
     if found is None:
         return None
     config = configuration.replace(configuration.parse(argv), amp=found["amp"], compile=found["compile"])

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -97,7 +99,7 @@ def test_transformers_are_told_by_their_attention_heads(arch, family):
 def test_a_vit_takes_images_that_are_not_square(arch):
     """Height first: two rows of four patches, and the token of a patch is where its row and column say."""
     sizes = {"embed_dim": 64, "depth": 2, "num_heads": 4}
-    vit = build_backbone(arch, (32, 64), sizes).module.eval()
+    vit: Any = build_backbone(arch, (32, 64), sizes).module.eval()
     assert torch.equal(vit.pos_embed, sincos_position_embedding(64, rows=2, columns=4))
     image = torch.zeros(1, 3, 32, 64)
     marked = image.clone()
