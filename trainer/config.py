@@ -110,6 +110,8 @@ class Run:
     """Of parameters and inputs; float64 is for checks."""
     knn: bool = True
     """k-NN accuracy before the first step and after the last (needs val/ and class folders)."""
+    knn_every: int = 0
+    """Also every this many epochs and at the last step, logged as `knn`; 0: not."""
     log_every: int = 10
     """Steps between two reads of the metrics: the only times that the step waits for the device."""
     keep: int = 2
@@ -166,7 +168,14 @@ class Config:
         for flag, value in positive.items():
             if value is not None and not value > 0:
                 raise ConfigError(f"{flag} {value} is not positive")
-        counts = {"--keep": self.run.keep, "--seed": self.optim.seed, "--max-failed": self.data.max_failed or 0}
+        if self.run.knn_every and not self.run.knn:
+            raise ConfigError(f"--knn-every {self.run.knn_every} with --no-knn: leave one of them out")
+        counts = {
+            "--keep": self.run.keep,
+            "--knn-every": self.run.knn_every,
+            "--seed": self.optim.seed,
+            "--max-failed": self.data.max_failed or 0,
+        }
         for flag, count in counts.items():
             if count < 0:
                 raise ConfigError(f"{flag} {count} is negative; use 0 or more")
@@ -200,6 +209,7 @@ FREE = frozenset(
         "device",
         "compile",
         "knn",
+        "knn_every",
         "log_every",
         "keep",
         "timeout",

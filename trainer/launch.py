@@ -17,7 +17,7 @@ from trainer import handover, resume
 from trainer.config import Config, ConfigError
 from trainer.distributed import StopVote, World, choose_device, join
 from trainer.engine import Engine, build_model
-from trainer.judgement import conclude, judge, judgeable, read_summary, write_summary
+from trainer.judgement import Judge, conclude, judgeable, read_summary, write_summary
 from trainer.loop import TrainingError, fit
 from trainer.memory import fitting_batch
 from trainer.metrics import Display, MetricsLog
@@ -104,7 +104,8 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     if start.checkpoint is not None:
         engine.load_state_dict(resume.start(start.checkpoint, engine))
     engine.set_aside(start.gone)
-    trees = judgeable(config, index, val, world.size, display)
+    judge = Judge(engine, judgeable(config, index, val, world.size, display), threads, display)
+    trees = judge.trees
     summary = read_summary(out)
     if (
         summary is not None
@@ -122,15 +123,13 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
         f"step {engine.step} of {engine.last}"
     )
     if trees and engine.step == 0:
-        engine.notes["knn_before"] = before = judge(engine, *trees, threads, display)
-        if before is not None:
-            display.say(f"k-NN before the first step: {before:.1%}")
+        engine.notes["knn_before"] = judge.accuracy()
 
     log = MetricsLog(out, engine.step) if world.rank == 0 else None
     stop = StopVote(config.run.timeout)
     display.start(engine.step, engine.last)
     try:
-        finished = fit(engine, out, log, display, stop)
+        finished = fit(engine, out, log, display, stop, judge)
         stop.settle()
     finally:
         display.stop()
@@ -140,7 +139,7 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     if not finished:
         display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
     else:
-        after = judge(engine, *trees, threads, display) if trees else None
+        after = judge.accuracy()
         if world.rank == 0:
             conclude(write_summary(engine, out, after), out, display)
     _leave()

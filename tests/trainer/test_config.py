@@ -84,6 +84,8 @@ def test_an_unknown_preset_names_the_known_ones():
         ({"max_steps": 0}, 1, "--max-steps 0 is not positive"),
         ({"dtype": "float64", "amp": "bf16"}, 1, "--dtype float64 with --amp bf16"),
         ({"lr": float("nan")}, 1, "--lr nan is not a finite number of at least 0"),
+        ({"knn_every": -1}, 1, "--knn-every -1 is negative; use 0 or more"),
+        ({"knn_every": 5, "knn": False}, 1, "--knn-every 5 with --no-knn: leave one of them out"),
         ({"weight_decay": -1.0}, 1, "--weight-decay -1.0 is not a finite number of at least 0"),
     ],
 )
