@@ -149,6 +149,30 @@ def test_adamw_on_a_resnet_through_files_is_the_run_without_them(sample, tmp_pat
     assert all(torch.equal(value, out.state_dict[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("tag", ["tiny", "resnet18_small"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_in_and_out_again_is_the_same_file(tag, prefix, sample, tmp_path):
+    golden, case = structure(tag)
+    theirs = torch.load(official_file(golden, tmp_path / "in.pth.tar"))
+    if not prefix:
+        theirs["state_dict"] = {name.removeprefix("module."): x for name, x in theirs["state_dict"].items()}
+        torch.save(theirs, tmp_path / "in.pth.tar")
+    config = replace(config_of({**case, "wd": 0.1}), dtype="float32")
+    ours = torch.load(write_out(engine_from(tmp_path / "in.pth.tar", config, sample), tmp_path / "out.pth.tar"))
+    assert (ours["epoch"], ours["scaler"]) == (7, theirs["scaler"])
+    assert list(ours["state_dict"]) == [entry[0] for entry in golden["state_dict"]]
+    for name, value in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][f"module.{name.removeprefix('module.')}"], value), name
+    state = ours["optimizer"]["state"]
+    assert state.keys() == theirs["optimizer"]["state"].keys()
+    for place, entry in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(state[place][key], value) for key, value in entry.items())
+    (group,), (their_group,) = ours["optimizer"]["param_groups"], theirs["optimizer"]["param_groups"]
+    settings = their_group.keys() - {"lr", "params"}  # the reference sets the rate before every step
+    assert {key: group[key] for key in settings} == {key: their_group[key] for key in settings}
+    assert group["params"] == their_group["params"]
+
+
 FLAGS = (
     "--arch vit_small --image-size 64 --embed-dim 64 --depth 2 --num-heads 4 --moco-dim 32 --moco-mlp-dim 96 --no-knn "
     "--stop-grad-conv1 --optimizer adamw --weight-decay 0.1 --batch-size 8 --epochs 9"
