@@ -16,17 +16,23 @@ from tests.golden.cases import load
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
 BEGIN, END = "<!-- table -->\n", "<!-- /table -->\n"
-TESTS = ("tests/model", "tests/evaluation/test_linear.py", "tests/trainer/test_config.py")
+TESTS = (
+    "tests/model",
+    "tests/dali_pipes/test_augmentation_golden.py",
+    "tests/evaluation/test_linear.py",
+    "tests/trainer/test_config.py",
+)
 FILES = sorted(file.stem for file in FOLDER.glob("*.json"))
 
 # Goldens that are no numbers to be near to: how their tests compare.
 EXACT = {
+    "augment": "blur within a grey level, the rest equal; crops within the standard errors of 20,000 draws",
     "checkpoint_structure": "names, shapes, types and order are equal",
     "cli": "defaults and names are equal, of the flags that exist here",
     "init_stats": "mean, deviation, kurtosis and bounds within the standard errors of one seed",
 }
 # Parameters of tests that choose a part of such a file.
-CHOOSERS = {"tag": "checkpoint_structure", "flag": "cli", "fresh": "init_stats"}
+CHOOSERS = {"augmentation": "augment", "tag": "checkpoint_structure", "flag": "cli", "fresh": "init_stats"}
 
 
 def cases(name: str) -> list[Any]:
