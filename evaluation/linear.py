@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation import accuracy
+from evaluation.accuracy import Accuracy
 from evaluation.knn import Labelled
 
 Features = Callable[[Tensor], Tensor]
@@ -40,15 +42,6 @@ class Schedule:
     def rate(self, base: float, epoch: int) -> float:
         """Learning rate of a whole epoch: base x batch / 256, by half a cosine towards 0, without warm-up."""
         return base * self.batch_size / 256 * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Shares (0 to 1) of validation images whose class is the first guess, or among the first five."""
-
-    top1: float
-    top5: float
-    epoch: int  # epochs of training behind it, from 1
 
 
 @dataclass(frozen=True)
@@ -111,12 +104,7 @@ class Heads:
     @torch.no_grad()
     def right(self, features: Tensor, labels: Tensor) -> Tensor:
         """How many of the images are right at the first guess and among the first five: int64 (heads, 2)."""
-        counts = []
-        for layer in self.layers:
-            guesses = layer(features).topk(min(5, layer.out_features)).indices
-            hits = guesses == labels[:, None]
-            counts.append(torch.stack([hits[:, 0].sum(), hits.sum()]))
-        return torch.stack(counts)
+        return torch.stack([accuracy.hits(layer(features), labels) for layer in self.layers])
 
     def _average_gradients(self) -> None:
         gradients = [p.grad for layer in self.layers for p in layer.parameters() if p.grad is not None]
@@ -157,7 +145,7 @@ def probe(
         history.append(validate(features, heads, val, epoch + 1))
         on_epoch(epoch, history[-1])
     return [
-        Outcome(lr, last=each[-1], best=max(each, key=lambda accuracy: accuracy.top1), loss=loss)
+        Outcome(lr, last=each[-1], best=accuracy.best(each), loss=loss)
         for lr, each, loss in zip(heads.lrs, zip(*history, strict=True), losses.tolist(), strict=True)
     ]
 
@@ -165,16 +153,11 @@ def probe(
 def validate(features: Features, heads: Heads, val: Iterable[Labelled], epoch: int) -> list[Accuracy]:
     """Accuracies over the shares of all ranks together, one a head; `epoch`: epochs of training behind them."""
     device = heads.layers[0].weight.device
-    right = torch.zeros(len(heads.lrs), 2, dtype=torch.int64, device=device)
-    images = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    for batch in val:
-        right += heads.right(_frozen(features, batch.images), batch.labels.to(device))
-        images += len(batch.labels)
-    totals = torch.cat([right, images])
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    *counts, (total, _) = totals.tolist()
-    return [Accuracy(first / total, five / total, epoch) for first, five in counts]
+
+    def right(batch: Labelled) -> Tensor:
+        return heads.right(_frozen(features, batch.images), batch.labels.to(device))
+
+    return accuracy.validate(right, val, epoch, device, guessers=len(heads.lrs))
 
 
 def _train(features: Features, heads: Heads, train: TrainLoader) -> Tensor:

@@ -108,6 +108,11 @@ def state_without_head(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if not name.startswith(prefix)}
 
 
+def load_without_head(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `state_without_head` gave into a network whose head is still an nn.Identity."""
+    (module.trunk if isinstance(module, Headed) else module).load_state_dict(state)
+
+
 def freeze_patch_projection(module: nn.Module) -> None:
     """No gradient for a patch projection that is a single convolution; any other stem stays as it is."""
     trunk = module.trunk if isinstance(module, Headed) else module
@@ -153,9 +158,14 @@ def _timm_model(arch: str, image_size: ImageSize, kwargs: dict[str, Any]) -> Bac
     if config is not None and config.fixed_input_size:
         kwargs = {"img_size": image_size, **kwargs}
     trunk = timm.create_model(arch, num_classes=0, **kwargs)
-    patch_embed = getattr(trunk, "patch_embed", None)
-    if patch_embed is not None and hasattr(patch_embed, "patch_size"):
-        check_divisible(arch, image_size, patch_embed.patch_size)
-    # Attention has heads in transformers; the channel attention of convolutional networks has none.
-    family: Family = "vit" if any(hasattr(part, "num_heads") for part in trunk.modules()) else "resnet"
+    projection = getattr(getattr(trunk, "patch_embed", None), "proj", None)
+    # Patches that overlap, as PVT's, take any size.
+    if isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride:
+        check_divisible(arch, image_size, trunk.patch_embed.patch_size)
+    family: Family = "vit" if any(map(_has_heads, trunk.modules())) else "resnet"
     return Backbone(Headed(trunk), trunk.head_hidden_size, family)
+
+
+def _has_heads(part: nn.Module) -> bool:
+    """Whether it is attention over positions; the channel attention of convolutional networks has no heads."""
+    return isinstance(getattr(part, "num_heads", getattr(part, "heads", None)), int)

@@ -17,7 +17,7 @@ from model.backbones import (
     state_without_head,
 )
 from model.contrastive import contrastive_loss
-from model.heads import predictor, projector
+from model.heads import Layout, predictor, projector
 from model.sync_bn import convert
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -32,14 +32,19 @@ class MoCoV3(nn.Module):
     State-dict names are the reference release's: base_encoder.*, momentum_encoder.*, predictor.*.
     """
 
-    def __init__(self, backbone: Backbone, projector: nn.Module, predictor: nn.Module, temperature: float) -> None:
-        """The backbone gets the projector for a head; the momentum encoder starts as a copy of the two."""
+    def __init__(
+        self, backbone: Backbone, projector: nn.Module, predictor: nn.Module, temperature: float, heads: Layout
+    ) -> None:
+        """The backbone gets the projector for a head; the momentum encoder starts as a copy of the two.
+
+        heads: the layout of projector and predictor, kept as an attribute.
+        """
         super().__init__()
         self.base_encoder = backbone.with_head(projector)
         self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
         self.predictor = predictor
         self.normalize = Normalize()
-        self.feature_dim = backbone.feature_dim
+        self.feature_dim, self.heads = backbone.feature_dim, heads
         self.temperature = temperature
         self._backbone: Callable[[nn.Module, nn.Module, Tensor], Tensor] = _features
 
@@ -70,6 +75,7 @@ class MoCoV3(nn.Module):
             projector(network.feature_dim, mlp_dim, dim, layout),
             predictor(mlp_dim, dim, layout),
             temperature,
+            layout,
         )
         if stop_grad_conv1:
             freeze_patch_projection(model.base_encoder)

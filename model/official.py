@@ -4,21 +4,27 @@ MoCoV3 uses the reference's parameter names, so that translation is a matter of 
 """
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _PREFIX = "module."
 _PARTS = ("base_encoder.", "momentum_encoder.", "predictor.")
+
+
+class UnreadableFile(ValueError):
+    """Not a file of PyTorch's, or a damaged one."""
 
 
 class OfficialCheckpoint(NamedTuple):
     """A pre-training file of the reference.
 
     epoch: epochs done. state_dict: as MoCoV3.load_state_dict takes it. optimizer, scaler: their state dicts, or None
-    where the file has none, as the published ones. The optimizer's indices count MoCoV3.parameters() in order.
+    where the file has none, as the published ones. The optimizer's indices count MoCoV3.parameters() in order: see
+    optimizer_from_official.
     """
 
     arch: str
@@ -50,14 +56,18 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_official(file: str | os.PathLike[str]) -> OfficialCheckpoint:
     """Reads a pre-training file (`checkpoint_0299.pth.tar`, `vit-s-300ep.pth.tar`) to the CPU, executing no code in it.
 
-    Raises ValueError, saying what it is, for any other file, and OSError for one that cannot be opened.
+    Raises ValueError, saying what it is, for any other file (UnreadableFile where torch cannot tell), and OSError for
+    one that cannot be opened.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # the unpickler stumbles over rubbish with whatever error comes first
-        raise ValueError(f"{os.fspath(file)}: not a PyTorch file of tensors and plain values") from error
+        code = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if code:
+            raise ValueError(f"{os.fspath(file)}: not opened, as it holds code, {code[1]}") from error
+        raise UnreadableFile(f"{os.fspath(file)}: not a PyTorch file of tensors and plain values") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{os.fspath(file)}: not a checkpoint of the MoCo v3 release but {_kind_of_content(content)}")
     try:
@@ -70,6 +80,54 @@ def load_official(file: str | os.PathLike[str]) -> OfficialCheckpoint:
     return OfficialCheckpoint(
         content["arch"], content["epoch"], state_dict, content.get("optimizer"), content.get("scaler")
     )
+
+
+def optimizer_to_official(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """State dict of an optimizer over the trained parameters of a MoCoV3, as the reference has it.
+
+    That is one group of all parameters in order, those of the momentum encoder and frozen ones too, which have no
+    state. Tensors are shared, not copied.
+    """
+    trained = _trained(model)
+    (group,) = state["param_groups"]
+    # Whether the update is one kernel is for the machine that goes on to choose, not part of the state.
+    kept = {name: None if name in ("fused", "foreach") else value for name, value in group.items()}
+    return {
+        "state": {trained[place]: value for place, value in state["state"].items()},
+        "param_groups": [{**kept, "params": list(range(len(list(model.parameters()))))}],
+    }
+
+
+def optimizer_from_official(official: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The other way round: the state of the trained parameters, their group with indices that count these alone.
+
+    A step count that is an int, as torch 1.9 wrote it, becomes the tensor that today's AdamW has.
+
+    Raises ValueError if the file has state for other parameters than this model trains, or tensors of other shapes.
+    """
+    trained = _trained(model)
+    (group,) = official["param_groups"]
+    if sorted(official["state"]) != trained:
+        names = [name for name, _ in model.named_parameters()]
+        odd = names[min(set(trained) ^ set(official["state"]))]
+        where = "here, not there" if odd in {names[place] for place in trained} else "there, not here"
+        raise ValueError(f"{odd} is trained {where}")
+    parameters = list(model.parameters())
+    state = {}
+    for place, index in enumerate(trained):
+        entry = {
+            key: torch.tensor(float(value)) if key == "step" else value
+            for key, value in official["state"][index].items()
+        }
+        shapes = {value.shape for key, value in entry.items() if key != "step"}
+        if shapes != {parameters[index].shape}:
+            raise ValueError(f"its optimizer's state of parameter {index} is of another shape than the parameter")
+        state[place] = entry
+    return {"state": state, "param_groups": [{**group, "params": list(range(len(trained)))}]}
+
+
+def _trained(model: nn.Module) -> list[int]:
+    return [place for place, parameter in enumerate(model.parameters()) if parameter.requires_grad]
 
 
 def _kind_of_weights(names: Mapping[str, Tensor], foreign: list[str], missing: list[str]) -> str:
@@ -85,4 +143,6 @@ def _kind_of_content(content: Any) -> str:
         return f"a {type(content).__name__}"
     if set(content) == {"model"}:
         return "a backbone in DeiT's format"
+    if {"format", "model", "loader"} <= content.keys():
+        return "a checkpoint of train_ddp.py"
     return f"a dict of {', '.join(str(key) for key in list(content)[:3]) or 'nothing'}"

@@ -92,7 +92,8 @@ class ConvStem(nn.Module):
             raise ValueError(f"patch_size {patch_size}: a conv stem has patches of 16")
         if embed_dim % 8:
             raise ValueError(f"embed_dim {embed_dim} is not divisible by 8, as the conv stem needs")
-        height, width = as_pair(img_size)
+        self.img_size = as_pair(img_size)
+        height, width = self.img_size
         self.grid_size = (height // 16, width // 16)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         widths = [in_chans, embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim]
@@ -107,7 +108,9 @@ class ConvStem(nn.Module):
         self.proj = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images to tokens."""
+        """Images to tokens; raises ValueError for another size than the position embedding was made for."""
+        if tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(f"images of height and width {tuple(x.shape[-2:])}; the conv stem takes {self.img_size}")
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

@@ -50,6 +50,8 @@ class Model:
     """Blocks of a vit_* backbone (default: as the name says)."""
     num_heads: int | None = None
     """Attention heads of a vit_* backbone (default: as the name says)."""
+    heads: Literal["auto", "vit", "resnet"] = "auto"
+    """Layout of projector and predictor. auto: vit for transformers, resnet for convolutional networks."""
     moco_dim: int = 256
     """Output dimension of projector and predictor."""
     moco_mlp_dim: int = 4096
@@ -101,7 +103,8 @@ class Run:
     out: Path = tyro.MISSING
     """Folder of the run; the same command goes on where it stopped."""
     resume: Path | None = None
-    """Checkpoint to start a new --out from; a run in --out goes on by itself."""
+    """Checkpoint to start a new --out from, of train_ddp.py or of the reference release (.pth.tar); a run in --out goes
+    on by itself."""
     max_steps: int | None = None
     """Stop after this many steps of the schedule."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -122,6 +125,8 @@ class Run:
     """When loss or gradients are not finite, that step changes nothing; then stop at the next log line, or go on."""
     knn: bool = True
     """k-NN accuracy before the first step and after the last (needs val/ and class folders)."""
+    knn_every: int = 0
+    """Also every this many epochs and at the last step, logged as `knn`; 0: not."""
     log_every: int = 10
     """Steps between two reads of the metrics: the only times that the step waits for the device."""
     keep: int = 2
@@ -180,7 +185,14 @@ class Config:
         for flag, value in positive.items():
             if value is not None and not value > 0:
                 raise ConfigError(f"{flag} {value} is not positive")
-        counts = {"--keep": self.run.keep, "--seed": self.optim.seed, "--max-failed": self.data.max_failed or 0}
+        if self.run.knn_every and not self.run.knn:
+            raise ConfigError(f"--knn-every {self.run.knn_every} with --no-knn: leave one of them out")
+        counts = {
+            "--keep": self.run.keep,
+            "--knn-every": self.run.knn_every,
+            "--seed": self.optim.seed,
+            "--max-failed": self.data.max_failed or 0,
+        }
         for flag, count in counts.items():
             if count < 0:
                 raise ConfigError(f"{flag} {count} is negative; use 0 or more")
@@ -219,6 +231,7 @@ FREE = frozenset(
         "deterministic",
         "on_nan",
         "knn",
+        "knn_every",
         "log_every",
         "keep",
         "timeout",
@@ -228,12 +241,16 @@ FREE = frozenset(
 
 def disagreements(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Flags that change learning and differ between a recorded run and this command, as readable phrases."""
-    names = sorted((recorded.keys() | current.keys()) - FREE)
+    there = {**Config().flags(), **recorded}  # a flag younger than the run was at its default
+    names = sorted((there.keys() | current.keys()) - FREE)
     return [
-        f"--{name.replace('_', '-')} is {recorded.get(name)} there, {current.get(name)} here"
-        for name in names
-        if recorded.get(name) != current.get(name)
+        disagreement(name, there.get(name), current.get(name)) for name in names if there.get(name) != current.get(name)
     ]
+
+
+def disagreement(name: str, there: Any, here: Any) -> str:
+    """The phrase for one flag, named as in `Config`, that differs between a recorded run and this command."""
+    return f"--{name.replace('_', '-')} is {there} there, {here} here"
 
 
 def parse(argv: list[str], quiet: bool = False) -> Config:

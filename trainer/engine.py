@@ -44,6 +44,7 @@ def build_model(config: Config, sync_bn: bool = True) -> MoCoV3:
         stop_grad_conv1=config.model.stop_grad_conv1,
         image_size=config.data.image_size,
         sync_bn=sync_bn,
+        heads=config.model.heads,
         backbone=config.model.backbone,
     )
     if config.run.checkpoint_activations:

@@ -22,7 +22,7 @@ from torch import nn
 from model import MoCoV3
 from model.backbones import RESNETS
 from model.moco import IMAGENET_MEAN, IMAGENET_STD
-from model.official import to_official
+from model.official import optimizer_to_official, to_official
 from model.vision_transformer import VISION_TRANSFORMERS
 from trainer import checkpoint
 from trainer import config as configuration
@@ -136,7 +136,7 @@ def official_checkpoint(run: TrainedRun) -> dict[str, Any]:
         "epoch": run.epoch,
         "arch": run.config.model.arch,
         "state_dict": to_official(run.model.state_dict()),
-        "optimizer": _optimizer_over_all(run),
+        "optimizer": optimizer_to_official(run.state["optimizer"], run.model),
         "scaler": scaler,
     }
 
@@ -226,23 +226,6 @@ def _attention_heads(module: nn.Module) -> int | list[int] | None:
 def _has_reference_sizes(config: Config) -> bool:
     is_vit = config.model.arch in VISION_TRANSFORMERS
     return not is_vit or (not config.model.backbone and config.data.image_size == 224)
-
-
-def _optimizer_over_all(run: TrainedRun) -> dict[str, Any]:
-    """The optimizer's state as the reference has it: one group of all parameters, also those that are not trained.
-
-    Its indices then count MoCoV3.parameters(), those of a run only the trained ones among them.
-    """
-    parameters = list(run.model.parameters())
-    trained = [place for place, parameter in enumerate(parameters) if parameter.requires_grad]
-    mine = run.state["optimizer"]
-    (group,) = mine["param_groups"]
-    # Whether the update is one kernel is for the machine that goes on to choose, not part of the state.
-    kept = {name: None if name in ("fused", "foreach") else value for name, value in group.items()}
-    return {
-        "state": {trained[place]: value for place, value in mine["state"].items()},
-        "param_groups": [{**kept, "params": list(range(len(parameters)))}],
-    }
 
 
 def main(argv: Sequence[str]) -> int:

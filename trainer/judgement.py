@@ -2,15 +2,16 @@
 
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dali_pipes import DatasetIndex, EvalLoader
-from evaluation import knn
+from dali_pipes import DatasetIndex
 from trainer.config import Config
 from trainer.engine import Engine, autocast
+from trainer.eval_reader import EvalReader
 from trainer.metrics import METRICS, Display, read_metrics
 from trainer.run_folder import write_atomically
 
@@ -35,45 +36,67 @@ def judgeable(
     return index, val
 
 
-def judge(engine: Engine, index: DatasetIndex, val: DatasetIndex, threads: int, display: Display) -> float | None:
-    """k-NN accuracy (0 to 1) of the base encoder's backbone as it stands: bank `index`, queries `val`.
+@dataclass(frozen=True)
+class Judge:
+    """The k-NN accuracy of an engine's features as it trains: bank and queries are `trees`, None if there are none.
 
-    What is known to have gone bad since the scan is left out of the bank. None, saying so, if the memory is not enough:
-    a run is not lost for its judgement.
+    What was found is kept in the engine's notes, and so in its checkpoints: `knn`, a list of {"step", "accuracy"}.
     """
-    try:
-        return _accuracy(engine, index, val, threads)
-    except torch.OutOfMemoryError:
-        display.say("no k-NN accuracy: the features of the whole dataset do not fit into memory")
-        return None
-    finally:
-        engine.model.train()
+
+    engine: Engine
+    trees: tuple[DatasetIndex, DatasetIndex] | None
+    threads: int
+    display: Display
+
+    def due(self) -> bool:
+        """Whether `--knn-every` asks for it at the engine's present step."""
+        every, engine = self.engine.config.run.knn_every, self.engine
+        if not every or self.trees is None:
+            return False
+        return engine.step == engine.last or engine.step % (every * engine.steps_per_epoch) == 0
+
+    def accuracy(self) -> float | None:
+        """k-NN accuracy (0 to 1) of the base encoder's backbone as it stands; found once a step, then remembered.
+
+        Training is not disturbed: no random number is drawn and no batch statistic moves. What is known to have gone
+        bad since the scan is left out of the bank. None without trees, and, saying so, if the memory is not enough: a
+        run is not lost for its judgement. Every rank must call it.
+        """
+        if self.trees is None:
+            return None
+        history = self.engine.notes.setdefault("knn", [])
+        if not history or history[-1]["step"] != self.engine.step:
+            found = self._measure(*self.trees)
+            if found is None:
+                return None
+            history.append({"step": self.engine.step, "accuracy": found})
+            if not self.due() and self.engine.step:
+                return found  # the summary is about to say it
+            when = f"after step {self.engine.step}" if self.engine.step else "before the first step"
+            self.display.say(f"k-NN {when}: {found:.1%}")
+        return history[-1]["accuracy"]
+
+    def _measure(self, bank: DatasetIndex, queries: DatasetIndex) -> float | None:
+        try:
+            return _accuracy(self.engine, bank, queries, self.threads)
+        except torch.OutOfMemoryError:
+            self.display.say("no k-NN accuracy: the features of the whole dataset do not fit into memory")
+            return None
+        finally:
+            self.engine.model.train()
 
 
-def _accuracy(engine: Engine, index: DatasetIndex, val: DatasetIndex, threads: int) -> float:
-    config, size = engine.config, engine.config.data.image_size
+def _accuracy(engine: Engine, bank: DatasetIndex, queries: DatasetIndex, threads: int) -> float:
+    config, world = engine.config, engine.world
+    reader = EvalReader(config.data.image_size, world, engine.device, threads)
 
     def features(images: torch.Tensor) -> torch.Tensor:
         with autocast(config, engine.device):
             return engine.model.features(images.to(engine.dtype))
 
-    parts = []
     engine.model.eval()
-    for each in (index.without(engine.loader.failed), val):
-        loader = EvalLoader(
-            each,
-            batch_size=max(1, min(256, config.optim.batch_size // engine.world.size)),
-            resize=round(size * 256 / 224),
-            crop=size,
-            rank=engine.world.rank,
-            world_size=engine.world.size,
-            device=str(engine.device),
-            num_threads=threads,
-        )
-        parts.append(knn.extract(features, loader))
-        loader.close()
-    (bank, bank_labels), (queries, labels) = parts
-    return knn.accuracy(bank, bank_labels, queries, labels)
+    batch_size = max(1, min(256, config.optim.batch_size // world.size))
+    return reader.knn_accuracy(features, bank.without(engine.loader.failed), queries, batch_size)
 
 
 def read_summary(out: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 import datetime
 import errno
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from dali_pipes import DatasetError, DatasetIndex
-from trainer import checkpoint
 from trainer import config as configuration
+from trainer import handover, resume
 from trainer.config import Config, ConfigError
 from trainer.determinism import make_deterministic
 from trainer.distributed import StopVote, World, choose_device, join
 from trainer.engine import Engine, build_model
-from trainer.judgement import conclude, judge, judgeable, read_summary, write_summary
+from trainer.judgement import Judge, conclude, judgeable, read_summary, write_summary
 from trainer.loop import TrainingError, fit
 from trainer.memory import fitting_batch, fitting_microbatch
 from trainer.metrics import Display, MetricsLog
@@ -82,26 +81,18 @@ def _run(argv: list[str], world: World) -> int:
 
 def _lead(argv: list[str], world: World, store: dist.Store | None, display: Display) -> Start | None:
     """Rank 0: prepare, and tell the others; None after an error that was reported."""
-    try:
-        start = prepare(argv, world, display)
-    except (ConfigError, DatasetError) as error:
-        _report(error, 2)
-        found: dict[str, Any] | None = None
-    except SystemExit:  # tyro has said which flag is wrong
-        found = None
-    else:
-        run = start.config.run
-        resolved = {"amp": run.amp, "compile": run.compile, "augment": start.config.data.augment}
-        found = {"flags": resolved, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
-    if store is not None:
-        store.set(READY, json.dumps(found))
-    return start if found is not None else None
+    return handover.lead(store, READY, lambda: prepare(argv, world, display), _packed, lambda error: _report(error, 2))
+
+
+def _packed(start: Start) -> dict[str, Any]:
+    run = start.config.run
+    resolved = {"amp": run.amp, "compile": run.compile, "augment": start.config.data.augment}
+    return {"flags": resolved, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
 
 
 def _follow(argv: list[str], store: dist.Store | None) -> Start | None:
     """The other ranks: wait for what rank 0 found; None if it was an error."""
-    assert store is not None
-    found = json.loads(store.get(READY))
+    found = handover.follow(store, READY)
     if found is None:
         return None
     config = configuration.replace(configuration.parse(argv), **found["flags"])
@@ -115,9 +106,10 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     threads = config.data.workers or world.default_threads()
     engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
     if start.checkpoint is not None:
-        engine.load_state_dict(checkpoint.load(start.checkpoint))
+        engine.load_state_dict(resume.start(start.checkpoint, engine))
     engine.set_aside(start.gone)
-    trees = judgeable(config, index, val, world.size, display)
+    judge = Judge(engine, judgeable(config, index, val, world.size, display), threads, display)
+    trees = judge.trees
     summary = read_summary(out)
     if (
         summary is not None
@@ -129,21 +121,19 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
         _leave()
         return 0
     display.say(
-        f"{config.model.arch} on {world.size} x {device.type}, {len(index)} images, "
-        f"batch {config.optim.batch_size}, augment {config.data.augment}, amp {config.run.amp}, "
-        f"compile {config.run.compile}, "
+        f"{config.model.arch} ({engine.model.feature_dim} features, {engine.model.heads} heads) "
+        f"on {world.size} x {device.type}, {len(index)} images, batch {config.optim.batch_size}, "
+        f"augment {config.data.augment}, amp {config.run.amp}, compile {config.run.compile}, "
         f"step {engine.step} of {engine.last}"
     )
     if trees and engine.step == 0:
-        engine.notes["knn_before"] = before = judge(engine, *trees, threads, display)
-        if before is not None:
-            display.say(f"k-NN before the first step: {before:.1%}")
+        engine.notes["knn_before"] = judge.accuracy()
 
     log = MetricsLog(out, engine.step) if world.rank == 0 else None
     stop = StopVote(config.run.timeout)
     display.start(engine.step, engine.last)
     try:
-        finished = fit(engine, out, log, display, stop)
+        finished = fit(engine, out, log, display, stop, judge)
         stop.settle()
     finally:
         display.stop()
@@ -153,7 +143,7 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
     if not finished:
         display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
     else:
-        after = judge(engine, *trees, threads, display) if trees else None
+        after = judge.accuracy()
         if world.rank == 0:
             conclude(write_summary(engine, out, after), out, display)
     _leave()

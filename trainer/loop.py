@@ -13,6 +13,7 @@ from trainer import checkpoint
 from trainer.advice import DataAdvisor, own_cores
 from trainer.distributed import StopVote, gathered, mean_over_ranks
 from trainer.engine import Engine
+from trainer.judgement import Judge
 from trainer.metrics import Display, MetricsLog, WaitClock
 
 
@@ -20,10 +21,10 @@ class TrainingError(RuntimeError):
     """The run cannot go on: what happened, and what to try."""
 
 
-def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, stop: StopVote) -> bool:
+def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, stop: StopVote, judge: Judge) -> bool:
     """Train up to the last step; False if a signal stopped it before.
 
-    Rank 0 has a `log` and writes the checkpoints into `folder`.
+    Rank 0 has a `log` and writes the checkpoints into `folder`. `judge` is asked at the end of epochs.
 
     Raises:
         TrainingError: loss or gradients were not finite (see `--on-nan`), too many images went bad over all ranks, or
@@ -64,6 +65,9 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
             if engine.scaler.is_enabled():
                 row["loss_scale"] = scale
             engine.seconds += elapsed
+            # Before the checkpoint, which keeps the history: a run that goes on judges nothing twice.
+            if judge.due() and (accuracy := judge.accuracy()) is not None:
+                row["knn"] = accuracy
             if log is not None:
                 log.write(row)
             display.show(row)

@@ -13,9 +13,9 @@ import torch
 from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.augment import missing_c_compiler, why_not_fused
 from dali_pipes.failures import tolerated
-from trainer import checkpoint
+from trainer import checkpoint, resume
 from trainer import config as configuration
-from trainer.config import Config, ConfigError, disagreements
+from trainer.config import Config, ConfigError
 from trainer.distributed import World, choose_device
 from trainer.engine import build_model, recipe
 from trainer.metrics import Display
@@ -84,12 +84,8 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
         display.say(f"warning: {warning}; going on with the one before")
     if file is None and config.run.resume is not None:
         file = config.run.resume
-        state = checkpoint.load(file)
-        differ = disagreements(state["flags"], config.flags())
-        if state["fingerprint"] != index.fingerprint:
-            differ.append("the images are others")
-        if differ:
-            raise ConfigError(f"--resume {file} is from another run: {'; '.join(differ)}")
+        for remark in resume.check(file, config, index.fingerprint, model):
+            display.say(remark)
 
     if recorded is None:
         folder.claim(config, index.fingerprint)

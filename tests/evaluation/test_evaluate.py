@@ -1,5 +1,6 @@
 """`evaluate.py`: the same k-NN accuracy as the run's own, the probe alone and under torchrun, wrong use in one line."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -7,10 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from timm.layers import DropPath
 
 from evaluate import main
+from trainer.config import ConfigError, replace
+from trainer.evaluation_commands import Finetune
+from trainer.evaluator import tunable
+from trainer.export import open_run
 
 ROOT = Path(__file__).parents[2]
+TUNE = "finetune --epochs 2 --warmup-epochs 1 --batch-size 16 --device cpu --workers 1".split()
+NO_SIZES = {"embed_dim": None, "depth": None, "num_heads": None}
 PROBE = "linear --epochs 3 --batch-size 16 --lr 0.1 3 30 --device cpu --workers 1".split()
 
 
@@ -45,8 +53,8 @@ def test_knn_is_the_accuracy_that_the_run_itself_found(evaluate, trained):
 def test_k_and_temperature_reach_the_vote(evaluate, monkeypatch):
     seen = []
 
-    def accuracy(*arguments):
-        seen.append(arguments[4:])
+    def accuracy(*_, k, temperature):
+        seen.append((k, temperature))
         return 0.5
 
     monkeypatch.setattr("evaluation.knn.accuracy", accuracy)
@@ -78,6 +86,37 @@ def test_the_probe_under_torchrun_is_the_probe_alone(evaluate, trained, sample, 
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
         assert abs(theirs["last"]["top1"] - mine["last"]["top1"]) < 1.01 / 19  # one image may sit on the fence
     assert process.stdout.count("epoch 3/3") == 1
+
+
+def test_fine_tuning_starts_from_the_run_and_repeats_itself(evaluate, trained, sample, capsys):
+    found = evaluate(*TUNE, name="finetune")
+    assert "epoch 2/2  top-1" in capsys.readouterr().out
+    assert found["outcome"]["last"]["epoch"] == 2
+    assert (found["flags"]["layer_decay"], found["step"]) == (0.65, 9)
+    assert evaluate(*TUNE, "--name", "again", name="again")["outcome"] == found["outcome"]
+    untrained = evaluate(*TUNE, "--untrained", name="finetune-untrained")
+    assert untrained["outcome"]["loss"] != found["outcome"]["loss"]
+    deeper = open_run(trained)
+    deeper = dataclasses.replace(deeper, config=replace(deeper.config, depth=3))
+    network = tunable(Finetune(run=trained, data=sample, drop_path=0.2), deeper).module
+    assert max(part.drop_prob for part in network.modules() if isinstance(part, DropPath)) == pytest.approx(0.2)
+
+
+@pytest.mark.slow
+def test_fine_tuning_under_torchrun(trained, sample):
+    process = under_torchrun(*TUNE, "--run", trained, "--data", sample, "--name", "tuned-ranks")
+    assert process.returncode == 0, process.stderr
+    found = json.loads((trained / "eval" / "tuned-ranks.json").read_text())
+    assert (found["ranks"], found["images"]["val"]) == (2, 19)
+    assert process.stdout.count("epoch 2/2") == 1
+
+
+def test_what_cannot_drop_paths_is_refused(trained, sample):
+    source = open_run(trained)
+    resnet = dataclasses.replace(source, config=replace(source.config, arch="resnet18", **NO_SIZES))
+    with pytest.raises(ConfigError, match=r"--drop-path 0\.2: torchvision's resnet18 has none; use 0"):
+        tunable(Finetune(run=trained, data=sample, drop_path=0.2), resnet)
+    assert tunable(Finetune(run=trained, data=sample), resnet).feature_dim == 512
 
 
 @pytest.fixture
@@ -139,6 +178,11 @@ def test_data_that_cannot_be_evaluated_on(refused, sample, tmp_path):
         ("linear --batch-size -8", "--batch-size -8 is not"),
         ("linear --momentum -0.1", "--momentum -0.1 is not"),
         ("linear --seed -1", "--seed -1 is not"),
+        ("finetune --layer-decay 0", "--layer-decay 0.0 is not above 0 and at most 1"),
+        ("finetune --drop-path 1", "--drop-path 1.0 is not at least 0 and below 1"),
+        ("finetune --label-smoothing 1", "--label-smoothing 1.0 is not"),
+        ("finetune --epochs 3", "--warmup-epochs 5 is not between 0 and --epochs 3"),
+        ("finetune --mixup -1", "--mixup -1.0 is not"),
     ],
 )
 def test_values_that_cannot_work(flags, message, refused):
@@ -146,9 +190,8 @@ def test_values_that_cannot_work(flags, message, refused):
 
 
 def test_an_unknown_kind_of_evaluation_exits_with_2(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["segmentation"])
-    assert stopped.value.code == 2
+    assert main(["segmentation"]) == 2
+    assert "segmentation" in "".join(capsys.readouterr())
 
 
 @pytest.mark.slow

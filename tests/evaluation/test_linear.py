@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torchvision.models
 
 from dali_pipes import EvalBatch
-from evaluation.linear import Accuracy, Heads, Schedule, probe, validate
+from evaluation.accuracy import Accuracy, hits
+from evaluation.linear import Heads, Schedule, probe, validate
 from model import MoCoV3
 from tests.golden import cases, formula
 from tests.golden.compare import assert_close
@@ -70,12 +71,19 @@ def test_a_backbone_lacks_the_heads_two_tensors_only(arch, theirs):
     assert found.unexpected_keys == golden["f64"]["unexpected_keys"] == []
 
 
-def test_the_learning_rate_is_the_references_in_every_epoch():
-    for golden in cases.load("schedules")["lincls"]:
-        case = golden["case"]
-        schedule = Schedule(case["epochs"], case["batch"])
-        mine = [schedule.rate(case["base_lr"], epoch) for epoch in range(case["epochs"])]
-        assert_close({"lr_per_epoch": mine}, golden)
+@pytest.mark.parametrize("golden", cases.load("schedules")["lincls"], ids=lambda golden: str(golden["case"]["epochs"]))
+def test_the_learning_rate_is_the_references_in_every_epoch(golden):
+    case = golden["case"]
+    schedule = Schedule(case["epochs"], case["batch"])
+    mine = [schedule.rate(case["base_lr"], epoch) for epoch in range(case["epochs"])]
+    assert_close({"lr_per_epoch": mine}, golden)
+
+
+@pytest.mark.parametrize("golden", [cases.load("units")["accuracy"]], ids=["top1-top5"])
+def test_accuracy_counts_as_the_reference(golden):
+    logits, labels = torch.tensor(golden["logits"]), torch.tensor(golden["target"])
+    one, five = (100 * hits(logits, labels) / len(labels)).tolist()
+    assert_close({"top1": one, "top5": five}, golden)
 
 
 CLASSES, WIDTH, IMAGES = 7, 6, 24

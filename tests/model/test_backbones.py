@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 import timm
 import torch
 
 from model import MoCoV3
 from model.backbones import build_backbone, features, freeze_patch_projection, state_without_head
+from model.vision_transformer import sincos_position_embedding
 from tests.golden import cases, formula
 from tests.golden.compare import assert_close
 
@@ -60,6 +63,53 @@ def test_features_and_head_of_other_families(arch, dim, family):
         with_head = backbone.with_head(head)
         torch.testing.assert_close(with_head(x), head(bare))
         torch.testing.assert_close(features(with_head, x), bare)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "overrides", "dim", "family"),
+    [
+        ("vit_large_patch14_224", (28, 56), {"depth": 1}, 1024, "vit"),
+        ("vit_small_patch8_224", 32, {"depth": 1}, 384, "vit"),
+        ("vit_base_patch14_dinov2", 28, {"depth": 1}, 768, "vit"),
+        ("swin_tiny_patch4_window7_224", (64, 128), {"embed_dim": 24, "depths": (1, 1, 1, 1)}, 192, "vit"),
+        ("convnext_tiny", (64, 96), {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)}, 64, "resnet"),
+        ("pvt_v2_b0", 64, {}, 256, "vit"),
+        ("maxvit_nano_rw_256", 64, {}, 512, "vit"),
+        ("eca_vovnet39b", 64, {}, 1024, "resnet"),
+    ],
+)
+def test_other_patches_and_image_sizes(arch, size, overrides, dim, family):
+    model = MoCoV3.build(arch, dim=8, mlp_dim=16, image_size=size, backbone=overrides)
+    assert (model.feature_dim, model.heads) == (dim, family)
+    height, width = (size, size) if isinstance(size, int) else size
+    views = torch.randn(2, 2, 3, height, width)
+    model(views[0], views[1], momentum=0.9).backward()
+    assert model.features(views[0]).shape == (2, dim)
+
+
+@pytest.mark.parametrize(
+    ("arch", "family"), [("hiera_tiny_224", "vit"), ("focalnet_tiny_srf", "resnet"), ("mixer_s32_224", "resnet")]
+)
+def test_transformers_are_told_by_their_attention_heads(arch, family):
+    with torch.device("meta"):
+        assert build_backbone(arch).family == family
+
+
+@pytest.mark.parametrize("arch", ["vit_small", "vit_conv_small"])
+def test_a_vit_takes_images_that_are_not_square(arch):
+    """Height first: two rows of four patches, and the token of a patch is where its row and column say."""
+    sizes = {"embed_dim": 64, "depth": 2, "num_heads": 4}
+    vit: Any = build_backbone(arch, (32, 64), sizes).module.eval()
+    assert torch.equal(vit.pos_embed, sincos_position_embedding(64, rows=2, columns=4))
+    image = torch.zeros(1, 3, 32, 64)
+    marked = image.clone()
+    marked[..., 16:, 48:] = 1  # the patch in row 1, column 3
+    with torch.no_grad():
+        moved = (vit.patch_embed(marked) - vit.patch_embed(image)).norm(dim=2)[0]
+        assert moved.argmax() == 1 * 4 + 3
+        assert vit(marked).shape == (1, 64)
+    with pytest.raises((AssertionError, ValueError), match="height"):  # timm's stem asserts
+        vit(torch.zeros(1, 3, 64, 32))
 
 
 def test_resnets_start_with_empty_residual_branches():

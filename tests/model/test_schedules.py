@@ -22,15 +22,15 @@ def test_pretraining_schedules(golden):
     assert_close(gaps, [{"gap": 1 - point["moco_m"]} for point in golden["points"]], tolerance=1e-2)
 
 
-def test_a_cosine_without_warmup_is_the_linear_probe_schedule():
-    for golden in load("schedules")["lincls"]:
-        case = golden["case"]
-        peak = case["base_lr"] * case["batch"] / 256
-        mine = [
-            learning_rate(float(epoch), peak=peak, epochs=case["epochs"], warmup_epochs=0)
-            for epoch in range(len(golden["lr_per_epoch"]))
-        ]
-        assert_close(mine, golden["lr_per_epoch"], tolerance=1e-12)
+@pytest.mark.parametrize("golden", load("schedules")["lincls"], ids=lambda golden: str(golden["case"]["epochs"]))
+def test_a_cosine_without_warmup_is_the_linear_probe_schedule(golden):
+    case = golden["case"]
+    peak = case["base_lr"] * case["batch"] / 256
+    mine = [
+        learning_rate(float(epoch), peak=peak, epochs=case["epochs"], warmup_epochs=0)
+        for epoch in range(len(golden["lr_per_epoch"]))
+    ]
+    assert_close(mine, golden["lr_per_epoch"], tolerance=1e-12)
 
 
 def test_the_first_step_has_learning_rate_zero_and_the_ramp_may_outlast_the_training():

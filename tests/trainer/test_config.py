@@ -1,10 +1,13 @@
 """The command line: presets are the published recipes, and wrong values get one line."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from trainer.config import FREE, ConfigError, disagreements, parse, replace
+from tests.golden.cases import load
+from trainer.config import FREE, Config, ConfigError, disagreements, parse, replace
+from trainer.evaluation_commands import Linear
 from trainer.presets import PRESETS
 
 NEEDED = ["--data", "images", "--out", "run"]
@@ -84,6 +87,8 @@ def test_an_unknown_preset_names_the_known_ones():
         ({"max_steps": 0}, 1, "--max-steps 0 is not positive"),
         ({"dtype": "float64", "amp": "bf16"}, 1, "--dtype float64 with --amp bf16"),
         ({"lr": float("nan")}, 1, "--lr nan is not a finite number of at least 0"),
+        ({"knn_every": -1}, 1, "--knn-every -1 is negative; use 0 or more"),
+        ({"knn_every": 5, "knn": False}, 1, "--knn-every 5 with --no-knn: leave one of them out"),
         ({"weight_decay": -1.0}, 1, "--weight-decay -1.0 is not a finite number of at least 0"),
     ],
 )
@@ -118,3 +123,50 @@ def test_no_flag_stands_in_two_sections():
     config = parse(["demo", *NEEDED])
     sections = [getattr(config, item.name) for item in dataclasses.fields(config)]
     assert len(config.flags()) == sum(len(dataclasses.fields(section)) for section in sections)
+
+
+# Flags of the reference's two programs that have no counterpart here, or another default, and why.
+LEFT_OUT = {
+    "data": "a flag here, not a position",
+    "arch": "the default preset is a ViT-S",
+    "workers": "DALI threads of a rank, not processes of a node",
+    "start_epoch": "the checkpoint says it",
+    "resume": "a path or nothing",
+    "seed": "always set here, without effect there",
+    "evaluate": "a probe is not kept",
+    "pretrained": "--run says it",
+    **dict.fromkeys(
+        ("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed", "gpu"), "torchrun"
+    ),
+}
+RENAMED = {"learning_rate": "lr", "print_freq": "log_every"}
+
+
+def same(program):
+    return [flag for flag in load("cli")[program] if flag not in LEFT_OUT]
+
+
+@pytest.mark.parametrize("flag", same("main_moco"))
+def test_a_flag_of_the_reference_has_its_default(flag):
+    golden = load("cli")["main_moco"][flag]
+    assert Config().flags()[RENAMED.get(flag, flag)] == golden["default"]
+
+
+@pytest.mark.parametrize("flag", [flag for flag in same("main_moco") if flag != "print_freq"])
+def test_a_flag_of_the_reference_is_known_by_all_its_names(flag):
+    golden = load("cli")["main_moco"][flag]
+    for name in golden["flags"]:
+        argv = [name] if golden["default"] is False else [name, str(golden["default"])]
+        config = parse(["vit-s-300ep", *NEEDED, *argv])
+        assert config.flags()[RENAMED.get(flag, flag)] == (golden["default"] or True)
+
+
+@pytest.mark.parametrize("flag", [flag for flag in same("main_lincls") if flag not in RENAMED])
+def test_a_flag_of_the_references_probe_has_its_default(flag):
+    probe = Linear(run=Path("run"), data=Path("images"))
+    assert getattr(probe, flag) == load("cli")["main_lincls"][flag]["default"]
+
+
+def test_the_references_learning_rate_of_the_probe_is_among_ours():
+    probe = Linear(run=Path("run"), data=Path("images"))
+    assert load("cli")["main_lincls"]["learning_rate"]["default"] in probe.rates("resnet50")

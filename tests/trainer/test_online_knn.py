@@ -1,0 +1,49 @@
+"""`--knn-every`: the features are judged while they are learned, and learning does not notice."""
+
+import json
+
+import torch
+
+from trainer import checkpoint
+from trainer.metrics import read_metrics
+
+
+def accuracies(folder):
+    return {row["step"]: row["knn"] for row in read_metrics(folder) if "knn" in row}
+
+
+def test_it_leaves_the_trace_alone_and_is_kept(train, losses, tmp_path, capsys):
+    """conv-stem ViT: batch norms in backbone and heads, whose statistics an evaluation must not move."""
+    assert train("--knn-every", 2, "--epochs", 5, out="judged") == 0
+    assert "k-NN after step 6: " in capsys.readouterr().out
+    assert train("--epochs", 5, out="plain") == 0
+    assert losses("judged") == losses("plain")
+    last = [checkpoint.load(tmp_path / out / "checkpoint_00000015.pt") for out in ("judged", "plain")]
+    assert all(torch.equal(value, last[1]["model"][name]) for name, value in last[0]["model"].items())
+
+    found = accuracies(tmp_path / "judged")
+    assert list(found) == [6, 12, 15]  # three steps an epoch; the last step whatever the epoch
+    summaries = [json.loads((tmp_path / out / "summary.json").read_text()) for out in ("judged", "plain")]
+    assert summaries[0]["knn_after"] == summaries[1]["knn_after"] == found[15]
+    assert accuracies(tmp_path / "plain") == {}
+    history = last[0]["notes"]["knn"]
+    assert {each["step"]: each["accuracy"] for each in history} == {0: summaries[0]["knn_before"], **found}
+
+
+def test_a_run_that_goes_on_judges_nothing_twice(train, tmp_path, capsys):
+    assert train("--knn-every", 1, "--max-steps", 6) == 0
+    first = accuracies(tmp_path / "run")
+    capsys.readouterr()
+    assert train("--knn-every", 1) == 0
+    assert capsys.readouterr().out.count("k-NN after step") == 1
+    assert train("--knn-every", 1, out="whole") == 0
+    found = accuracies(tmp_path / "run")
+    assert found == accuracies(tmp_path / "whole")
+    assert {step: found[step] for step in first} == first
+    notes = checkpoint.load(tmp_path / "run" / "checkpoint_00000009.pt")["notes"]
+    assert [each["step"] for each in notes["knn"]] == [0, 3, 6, 9]
+
+
+def test_without_val_it_trains_on(train, sample, tmp_path):
+    assert train("--data", sample / "train", "--knn-every", 1, "--max-steps", 4) == 0
+    assert accuracies(tmp_path / "run") == {}

@@ -1,0 +1,59 @@
+"""The images that evaluation reads: loaders of a run's image size on this rank, and the k-NN accuracy through them."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dali_pipes import DatasetIndex, EvalLoader
+from evaluation import knn
+from trainer.distributed import World
+
+RESIZE, CROP = 256, 224  # the reference's; other image sizes keep the proportion
+
+
+@dataclass(frozen=True)
+class EvalReader:
+    """Makes the loaders of one rank."""
+
+    image_size: int
+    world: World
+    device: torch.device
+    threads: int  # of DALI
+
+    def loader(self, index: DatasetIndex, batch_size: int, **options: Any) -> "closing[EvalLoader]":
+        """This rank's share of a tree, to be closed behind a `with`; options: of EvalLoader, for training."""
+        return closing(
+            EvalLoader(
+                index,
+                batch_size=batch_size,
+                resize=round(self.image_size * RESIZE / CROP),
+                crop=self.image_size,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                device=str(self.device),
+                num_threads=self.threads,
+                **options,
+            )
+        )
+
+    def knn_accuracy(
+        self,
+        features: Callable[[Tensor], Tensor],
+        bank: DatasetIndex,
+        queries: DatasetIndex,
+        batch_size: int,
+        **vote: Any,
+    ) -> float:
+        """k-NN accuracy (0 to 1) on `queries` of features (N, 3, S, S) to (N, F); vote: see `evaluation.knn.accuracy`.
+
+        The same on every rank, and every rank must call it.
+        """
+        parts: list[tuple[Tensor, Tensor]] = []
+        for index in (bank, queries):
+            with self.loader(index, batch_size) as batches:
+                parts.append(knn.extract(features, batches))
+        return knn.accuracy(*parts[0], *parts[1], **vote)

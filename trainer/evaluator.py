@@ -1,0 +1,144 @@
+"""The evaluations of a run on this rank, and what they say."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dali_pipes import DatasetIndex
+from evaluation import finetune, linear
+from evaluation.accuracy import Accuracy
+from model import MoCoV3
+from model.backbones import RESNETS, Backbone, build_backbone, load_without_head
+from model.sync_bn import convert
+from trainer.config import ConfigError
+from trainer.distributed import World
+from trainer.eval_reader import EvalReader
+from trainer.evaluation_commands import Evaluation, Finetune, Knn, Linear
+from trainer.export import TrainedRun
+
+EVAL_BATCH = 256  # images a rank, where nothing is learned
+PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Evaluator:
+    """One rank of an evaluation: the run's model, and its share of the images."""
+
+    def __init__(self, command: Evaluation, run: TrainedRun, world: World, device: torch.device) -> None:
+        self.run, self.world, self.device = run, world, device
+        self.precision = PRECISIONS[command.amp]
+        self.reader = EvalReader(run.config.data.image_size, world, device, command.workers or world.default_threads())
+        self.model: MoCoV3 = run.model.to(device, torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.eval().requires_grad_(False)
+
+    def evaluate(self, command: Evaluation, train: DatasetIndex, val: DatasetIndex) -> dict[str, Any]:
+        """The result of a command, JSON-ready."""
+        if isinstance(command, Knn):
+            return self._knn(command, train, val)
+        if isinstance(command, Linear):
+            return self._linear(command, train, val)
+        assert isinstance(command, Finetune)
+        return self._finetune(command, train, val)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (N, F), float32."""
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+            return self.model.features(images).float()
+
+    def say(self, line: str) -> None:
+        """Print on rank 0."""
+        if self.world.rank == 0:
+            print(line, flush=True)
+
+    def _knn(self, command: Knn, train: DatasetIndex, val: DatasetIndex) -> dict[str, Any]:
+        accuracy = self.reader.knn_accuracy(
+            self.features, train, val, EVAL_BATCH, k=command.k, temperature=command.temperature
+        )
+        self.say(f"k-NN   {accuracy:.2%} (k {command.k}, temperature {command.temperature})")
+        return {"accuracy": accuracy}
+
+    def _linear(self, command: Linear, train: DatasetIndex, val: DatasetIndex) -> dict[str, Any]:
+        schedule = linear.Schedule(command.epochs, command.batch_size, command.momentum, command.weight_decay)
+        lrs = command.rates(self.run.config.model.arch)
+        heads = linear.Heads(lrs, self.model.feature_dim, len(train.classes), schedule, command.seed, self.device)
+        progress = _Progress(self, command.epochs)
+        self.say(f"learning rates {', '.join(f'{lr:g}' for lr in lrs)}, each x {command.batch_size} / 256")
+        batch = command.batch_size // self.world.size
+        with (
+            self.reader.loader(train, batch, train=True, seed=command.seed) as images,
+            self.reader.loader(val, EVAL_BATCH) as queries,
+        ):
+            outcomes = linear.probe(self.features, heads, images, queries, progress)
+        for each in outcomes:
+            self.say(f"lr {each.lr:<6g} {_in_words(each)}")
+        return {"outcomes": [_plain(each) for each in outcomes]}
+
+    def _finetune(self, command: Finetune, train: DatasetIndex, val: DatasetIndex) -> dict[str, Any]:
+        names = {field.name for field in dataclasses.fields(finetune.Recipe)}
+        recipe = finetune.Recipe(**{name: value for name, value in vars(command).items() if name in names})
+        network = self._classifier(command, len(train.classes))
+        tuning = finetune.FineTuning(network, len(train.classes), recipe, self.precision)
+        progress = _Progress(self, command.epochs)
+        batch = command.batch_size // self.world.size
+        with (
+            self.reader.loader(train, batch, train=True, seed=command.seed) as images,
+            self.reader.loader(val, EVAL_BATCH) as queries,
+        ):
+            outcome = finetune.finetune(tuning, images, queries, lambda epoch, accuracy: progress(epoch, [accuracy]))
+        self.say(f"tuned  {_in_words(outcome)}")
+        return {"outcome": _plain(outcome)}
+
+    def _classifier(self, command: Finetune, classes: int) -> nn.Module:
+        backbone = tunable(command, self.run)
+        load_without_head(backbone.module, self.model.backbone_state_dict())
+        network = backbone.with_head(finetune.classifier(backbone.feature_dim, classes, command.seed))
+        if self.world.size > 1:
+            convert(network)
+        return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def tunable(command: Finetune, run: TrainedRun) -> Backbone:
+    """A run's backbone once more, as it is fine-tuned: with stochastic depth; its weights are fresh.
+
+    Raises:
+        ConfigError: it has no stochastic depth.
+    """
+    config = run.config
+    plain = config.model.arch in RESNETS
+    drop_path = command.drop_path if command.drop_path is not None else 0.0 if plain else 0.1
+    if drop_path and plain:
+        raise ConfigError(f"--drop-path {drop_path}: torchvision's {config.model.arch} has none; use 0")
+    overrides = {**config.model.backbone, **({"drop_path_rate": drop_path} if drop_path else {})}
+    try:
+        return build_backbone(config.model.arch, config.data.image_size, overrides)
+    except ValueError as error:
+        raise ConfigError(f"--drop-path {drop_path}: {error}; use 0") from None
+
+
+class _Progress:
+    """A line an epoch."""
+
+    def __init__(self, evaluator: Evaluator, epochs: int) -> None:
+        self.evaluator, self.epochs, self.started = evaluator, epochs, time.monotonic()
+
+    def __call__(self, epoch: int, accuracies: Sequence[Accuracy]) -> None:
+        found = "  ".join(f"{each.top1:.2%}" for each in accuracies)
+        seconds = time.monotonic() - self.started
+        self.evaluator.say(f"epoch {epoch + 1}/{self.epochs}  top-1 {found}  {seconds:.0f} s")
+
+
+def _in_words(outcome: linear.Outcome | finetune.Outcome) -> str:
+    last, best = outcome.last, outcome.best
+    return (
+        f"last {last.top1:.2%} top-1 {last.top5:.2%} top-5   "
+        f"best {best.top1:.2%} top-1 {best.top5:.2%} top-5 (epoch {best.epoch})   loss {outcome.loss:.4g}"
+    )
+
+
+def _plain(outcome: linear.Outcome | finetune.Outcome) -> dict[str, Any]:
+    # JSON has no nan.
+    return {**dataclasses.asdict(outcome), "loss": outcome.loss if math.isfinite(outcome.loss) else None}
