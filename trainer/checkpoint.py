@@ -1,46 +1,86 @@
-"""Checkpoints: one file with all that a run needs to go on, written so that `latest` never names half a file."""
+"""Checkpoints: one file with all that a run needs to go on, written so that `latest` never names half a file.
 
-import os
+A checkpoint is torch's zip file with its own checksum as the zip's comment: any program that reads torch files reads
+it, and a flipped bit anywhere in it is found before anything is unpickled.
+"""
+
+import hashlib
+import platform
+import re
+import struct
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from trainer.config import ConfigError
-from trainer.run_folder import write_atomically
+from trainer.run_folder import replacing, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "latest"
+_SEAL = b"sha256:"
+_SEAL_SIZE = len(_SEAL) + 64
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "flags": dict,
+    "fingerprint": str,
+    "seconds": (int, float),
+    "notes": dict,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "loader": dict,
+    "versions": dict,
+}
 
 
-def save(folder: Path, state: dict[str, Any], keep: int) -> Path:
+def versions() -> dict[str, str]:
+    """What computes: of two runs that differ here the losses may differ in their last digits."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("nvidia-dali-cuda120", "numpy", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def save(folder: Path, state: dict[str, Any], keep: int, keep_steps: int | None = None) -> Path:
     """Write `state` as `checkpoint_<step>.pt`, point `latest` at it, and drop all but the newest `keep` (0: none).
+
+    Those whose step is a multiple of `keep_steps` stay for good.
 
     Raises:
         OSError: it could not be written (disk full, read-only); the older checkpoints and `latest` are untouched.
     """
     file = folder / f"checkpoint_{state['step']:08d}.pt"
-    part = file.with_name(file.name + ".part")
     try:
-        with open(part, "wb") as stream:
-            torch.save({"format": FORMAT, **state}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
+        with replacing(file) as stream:
+            torch.save({"format": FORMAT, "versions": versions(), **state}, stream)
+            _seal(stream)
         write_atomically(folder / LATEST, f"{file.name}\n".encode())
+        files = _newest_first(folder)
+        # What stands after this step was damaged, or the run would have gone on from there.
+        later, kept = files[: files.index(file)], files[files.index(file) :]
+        stale = [old for old in kept[keep:] if not keep_steps or _step_of(old) % keep_steps] if keep else []
+        for old in [*later, *stale]:
+            old.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"{file} could not be written: {error}") from error
-    files = _newest_first(folder)
-    # What stands after this step was damaged, or the run would have gone on from there.
-    later, kept = files[: files.index(file)], files[files.index(file) :]
-    for old in [*later, *(kept[keep:] if keep else [])]:
-        old.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{file} could not be written: {cause}") from error
     return file
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole (None in a folder without any), and what was wrong with newer ones.
+    """`newest_state` without the state."""
+    file, _, warnings = newest_state(folder)
+    return file, warnings
+
+
+def newest_state(folder: Path) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that is whole, what is in it (None in a folder without any), and what is wrong with newer
+    ones.
 
     Raises:
         ConfigError: there are checkpoints and all are damaged; starting over would overwrite them.
@@ -48,14 +88,12 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     warnings: list[str] = []
     for file in _newest_first(folder):
         try:
-            load(file)
+            return file, load(file), warnings
         except ConfigError as error:
             warnings.append(str(error))
-        else:
-            return file, warnings
     if warnings:
         raise ConfigError(f"no checkpoint in {folder} is whole: {'; '.join(warnings)}. Name another --out")
-    return None, []
+    return None, None, []
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -65,16 +103,60 @@ def load(file: Path) -> dict[str, Any]:
         ConfigError: the file is missing, damaged, or no checkpoint of a run.
     """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with open(file, "rb") as stream:
+            _check_seal(stream, file)
+            state = torch.load(stream, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {file} is not there") from None
-    except Exception as error:  # whatever bytes are in the file: torch raises many types for a damaged one
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"checkpoint {file} cannot be read: {reason[:120]}") from None
+    except Exception as error:  # whatever bytes are in the file: torch raises many types for what it cannot read
+        raise ConfigError(f"checkpoint {file} cannot be read: {_reason(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ConfigError(f"{file} is no checkpoint of train_ddp.py (format {FORMAT})")
+    wrong = [name for name, kind in _CONTENT.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise ConfigError(f"{file} is no checkpoint of train_ddp.py: no {', no '.join(wrong)} of its kind in it")
     return state
 
 
+def _seal(stream: BinaryIO) -> None:
+    """Append the checksum of what was written, as the comment of the zip file that it is."""
+    stream.seek(-2, 2)
+    stream.write(struct.pack("<H", _SEAL_SIZE))  # length of the comment: the last field of a zip file
+    stream.seek(0)
+    digest = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]
+    stream.write(_SEAL + digest.hexdigest().encode())
+
+
+def _check_seal(stream: BinaryIO, file: Path) -> None:
+    size = stream.seek(0, 2) - _SEAL_SIZE
+    stream.seek(max(size, 0))
+    seal = stream.read()
+    if size < 0 or not seal.startswith(_SEAL):
+        raise ConfigError(f"checkpoint {file} cannot be read: cut off, or not written by train_ddp.py (no checksum)")
+    stream.seek(0)
+    digest, left, block = hashlib.sha256(), size, bytearray(1 << 20)
+    while left:
+        count = stream.readinto(memoryview(block)[: min(left, len(block))])  # type: ignore[attr-defined]
+        digest.update(memoryview(block)[:count])
+        left -= count
+    if seal != _SEAL + digest.hexdigest().encode():
+        raise ConfigError(f"checkpoint {file} cannot be read: damaged, its checksum does not match")
+    stream.seek(0)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong in a few words; torch's own advice for a refused pickle is to run it all the same."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return f"it refers to the code {code[1]}, which no checkpoint of train_ddp.py does; nothing of it was executed"
+    return next(iter(str(error).splitlines()), type(error).__name__)[:120]
+
+
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint_*.pt"), reverse=True)
+    return sorted((file for file in folder.glob("checkpoint_*.pt") if file.stem[11:].isdecimal()), key=_step_of)[::-1]
+
+
+def _step_of(file: Path) -> int:
+    return int(file.stem.removeprefix("checkpoint_"))

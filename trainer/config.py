@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ class ConfigError(ValueError):
 
 
 Alias = tyro.conf.arg
+_INTERVAL = r"0*[1-9]\d{0,9}|(?=.*[1-9])\d{1,6}(\.\d{1,6})?min"  # steps or minutes, above 0
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,22 @@ class Run:
     """Steps between two reads of the metrics: the only times that the step waits for the device."""
     keep: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int | None = None
+    """Epochs between checkpoints that are kept for good, besides the newest (default: none)."""
+    save_every: str | None = None
+    """Steps (500) or minutes (30min) between checkpoints, besides those at the end of each epoch (default: none)."""
     timeout: int = 1800
     """Seconds that ranks wait for each other before the run ends."""
+
+    @property
+    def save_steps(self) -> int | None:
+        """`--save-every` in steps, if it is."""
+        return int(self.save_every) if self.save_every and self.save_every.isdecimal() else None
+
+    @property
+    def save_minutes(self) -> float | None:
+        """`--save-every` in minutes, if it is."""
+        return float(self.save_every.removesuffix("min")) if self.save_every and self.save_steps is None else None
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,7 @@ class Config:
             "--moco-mlp-dim": self.model.moco_mlp_dim,
             "--log-every": self.run.log_every,
             "--timeout": self.run.timeout,
+            "--keep-every": self.run.keep_every,
             "--workers": self.data.workers,
             "--max-steps": self.run.max_steps,
             "--microbatch": self.run.microbatch,
@@ -187,6 +204,8 @@ class Config:
                 raise ConfigError(f"{flag} {value} is not positive")
         if self.run.knn_every and not self.run.knn:
             raise ConfigError(f"--knn-every {self.run.knn_every} with --no-knn: leave one of them out")
+        if self.run.save_every is not None and not re.fullmatch(_INTERVAL, self.run.save_every):
+            raise ConfigError(f"--save-every {self.run.save_every}: give steps, as in 500, or minutes, as in 30min")
         counts = {
             "--keep": self.run.keep,
             "--knn-every": self.run.knn_every,
@@ -234,6 +253,8 @@ FREE = frozenset(
         "knn_every",
         "log_every",
         "keep",
+        "keep_every",
+        "save_every",
         "timeout",
     )
 )

@@ -2,11 +2,10 @@
 
 import datetime
 import os
-import signal
 import time
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ class World:
     size: int = 1
     local_size: int = 1
     torchrun: bool = False
+    node: int = 0  # torchrun's number of this machine
 
     @classmethod
     def from_environment(cls) -> "World":
@@ -34,14 +34,14 @@ class World:
         if missing:
             raise ConfigError(f"RANK is set but {', '.join(missing)} is not; start with torchrun, or unset RANK")
         rank, local_rank, size, local_size = (int(os.environ[name]) for name in names[:4])
-        return cls(rank, local_rank, size, local_size, torchrun=True)
+        return cls(rank, local_rank, size, local_size, torchrun=True, node=int(os.environ.get("GROUP_RANK", 0)))
 
     def default_threads(self) -> int:
         """DALI threads of this rank: the machine's cores shared among its ranks, at most 16."""
         return max(1, min(16, len(os.sched_getaffinity(0)) // self.local_size))
 
     def store(self) -> dist.Store | None:
-        """The key-value store of torchrun's rendezvous; None for a single process.
+        """The key-value store of torchrun's rendezvous, empty; None for a single process. Every rank must call it.
 
         Rank 0 may scan a large dataset before the others are let on, and torchrun ends them if it dies: they wait long.
         """
@@ -49,7 +49,32 @@ class World:
             return None
         store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
         store.set_timeout(datetime.timedelta(days=1))
-        return store
+        return dist.PrefixStore(_welcome(store, self.size) if self.rank == 0 else _arrive(store, self.rank), store)
+
+
+def _welcome(store: dist.Store, size: int) -> str:
+    """Rank 0: hand a name of this start to the other ranks; see `_arrive`."""
+    name = uuid4().hex
+    while store.add(f"{name}/arrived", 0) < size - 1:
+        for key in (f"moco_v3/hello/{rank}" for rank in range(1, size)):
+            if store.check([key]):
+                store.set(f"moco_v3/welcome/{store.get(key).decode()}", name)
+        time.sleep(0.05)
+    return name
+
+
+def _arrive(store: dist.Store, rank: int) -> str:
+    """The other ranks: get the name of this start from rank 0.
+
+    torchrun keeps one store over all its restarts, with what the ranks of before wrote: addresses where nobody listens
+    any more (torch's own too: a restarted gloo group would try them and fail). Under a name of its own each start finds
+    an empty store; a rank that says a number made for this occasion is answered by nobody but the living rank 0.
+    """
+    number = uuid4().hex
+    store.set(f"moco_v3/hello/{rank}", number)
+    name = store.get(f"moco_v3/welcome/{number}").decode()
+    store.add(f"{name}/arrived", 1)
+    return name
 
 
 def choose_device(requested: str, world: World) -> torch.device:
@@ -109,54 +134,36 @@ def join(world: World, store: dist.Store | None, device: torch.device, timeout: 
     )
 
 
-class StopVote:
-    """SIGINT or SIGTERM on any rank stops all ranks after the same step; a second one, later, ends this rank.
+class Votes:
+    """What all ranks do after the same step, although one rank alone has a reason: stop, save.
 
-    Signals reach the ranks at different steps, so they vote: each step starts a sum over the CPU that the next step
-    reads. It is hidden behind the step and never waits for a GPU.
+    Signals reach the ranks at different steps and their clocks differ, so they vote: each step starts a sum over the
+    CPU that the next step reads. It is hidden behind the step and never waits for a GPU.
     """
 
-    # Ctrl-C reaches the ranks from the terminal and again from torchrun.
-    SAME_SIGNAL_SECONDS = 3.0
-
     def __init__(self, timeout: int) -> None:
-        self.asked = False
-        self._asked_at = 0.0
         self._group: Any = None
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         self._pending: tuple[Any, torch.Tensor] | None = None
-        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and time.monotonic() - self._asked_at > self.SAME_SIGNAL_SECONDS:
-            raise SystemExit(128 + number)
-        if not self.asked:
-            self.asked, self._asked_at = True, time.monotonic()
-
-    def passed(self) -> bool:
-        """Whether a rank had been asked to stop by the step before; call it once a step, on every rank."""
+    def exchange(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Whether a rank wanted to stop, to save, at the step before; call it once a step, on every rank."""
         if self._group is None:
-            return self.asked
-        stop = False
-        if self._pending is not None:
-            work, votes = self._pending
-            work.wait()
-            stop = bool(votes)
-        votes = torch.tensor([int(self.asked)])
+            return stop, save
+        before = self.settle()
+        votes = torch.tensor([int(stop), int(save)])
         self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
-        return stop
+        return before
 
-    def settle(self) -> None:
-        """Wait for the last vote, which all ranks have cast and nobody reads."""
-        if self._pending is not None:
-            self._pending[0].wait()
-            self._pending = None
-
-    def close(self) -> None:
-        """Give the signals back."""
-        for each, handler in self._previous.items():
-            signal.signal(each, handler)
+    def settle(self) -> tuple[bool, bool]:
+        """Wait for the last votes, which all ranks have cast."""
+        if self._pending is None:
+            return False, False
+        work, votes = self._pending
+        work.wait()
+        self._pending = None
+        return bool(votes[0]), bool(votes[1])
 
 
 def gathered(value: Any) -> list[Any]:

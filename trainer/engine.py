@@ -216,6 +216,7 @@ class Engine:
         self.loader.load_state_dict(state["loader"])
         self.shared_failed = len(self.loader.failed)
         self.step, self.seconds, self.notes = state["step"], state["seconds"], state["notes"]
+        self.watch = Watch(self.world.rank, self.config.run.on_nan)  # what it saw was not of this state
         self.watch.skipped = self.notes.get("skipped_steps", 0)
 
 

@@ -12,17 +12,22 @@ import torch
 import torch.distributed as dist
 
 from dali_pipes import DatasetError, DatasetIndex
+from trainer import checkpoint, handover, resume
 from trainer import config as configuration
-from trainer import handover, resume
 from trainer.config import Config, ConfigError
 from trainer.determinism import make_deterministic
-from trainer.distributed import StopVote, World, choose_device, join
+from trainer.distributed import Votes, World, choose_device, join
 from trainer.engine import Engine, build_model
+from trainer.heartbeat import Heartbeat
 from trainer.judgement import Judge, conclude, judgeable, read_summary, write_summary
 from trainer.loop import TrainingError, fit
 from trainer.memory import fitting_batch, fitting_microbatch
 from trainer.metrics import Display, MetricsLog
 from trainer.preparation import TRAIN_INDEX, VAL_INDEX, Start, prepare
+from trainer.saving import Saver
+from trainer.settling import settle
+from trainer.signals import Stopped, StopSignals
+from trainer.status import Status
 
 READY = "moco_v3/start"
 
@@ -42,9 +47,9 @@ def run(argv: Sequence[str]) -> int:
             time.sleep(5)  # every rank has it, rank 0 says it, and torchrun ends all with the first that exits
             return 1
         return _report(error, 1)
-    except KeyboardInterrupt:
-        print("train_ddp.py: stopped before or after training; the same command goes on", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Stopped):
+        print("train_ddp.py: stopped; the same command goes on", file=sys.stderr)
+        return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
@@ -61,21 +66,27 @@ def _run(argv: list[str], world: World) -> int:
     if {"-h", "--help"} & set(argv):
         configuration.parse(argv, quiet=world.rank > 0)  # every rank ends here, with exit code 0
     store = world.store()
-    start = _lead(argv, world, store, display) if world.rank == 0 else _follow(argv, store)
-    if start is None:
-        return 2
+    start = None
+    # A rank that waits for rank 0's preparation has nothing to finish: there a signal simply ends it.
+    if world.rank:
+        start = _follow(argv, store)
+    signals = StopSignals()
     try:
+        start = start if world.rank else _lead(argv, world, store, display)
+        if start is None:
+            return 2
         if start.config.run.deterministic:
             make_deterministic()
         device = choose_device(start.config.run.device, world)
         join(world, store, device, start.config.run.timeout)
         try:
-            return _train(start, world, device, display)
+            return _train(start, world, device, store, display, signals)
         except torch.OutOfMemoryError:
             pass  # its traceback holds the engine: only outside of this block can the memory be had
         return _out_of_memory(start.config, world, device, store)
     finally:
-        if start.folder is not None:
+        signals.close()
+        if start is not None and start.folder is not None:
             start.folder.release()
 
 
@@ -96,18 +107,19 @@ def _follow(argv: list[str], store: dist.Store | None) -> Start | None:
     if found is None:
         return None
     config = configuration.replace(configuration.parse(argv), **found["flags"])
-    return Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None, found["gone"])
+    return Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None, gone=found["gone"])
 
 
-def _train(start: Start, world: World, device: torch.device, display: Display) -> int:
+def _train(
+    start: Start, world: World, device: torch.device, store: dist.Store | None, display: Display, signals: StopSignals
+) -> int:
     config, out = start.config, start.config.run.out
     index = DatasetIndex.load(out / TRAIN_INDEX)
     val = DatasetIndex.load(out / VAL_INDEX) if (out / VAL_INDEX).exists() else None
     threads = config.data.workers or world.default_threads()
     engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
-    if start.checkpoint is not None:
-        engine.load_state_dict(resume.start(start.checkpoint, engine))
-    engine.set_aside(start.gone)
+    settle(engine)
+    _load(engine, start, display)
     judge = Judge(engine, judgeable(config, index, val, world.size, display), threads, display)
     trees = judge.trees
     summary = read_summary(out)
@@ -126,28 +138,69 @@ def _train(start: Start, world: World, device: torch.device, display: Display) -
         f"augment {config.data.augment}, amp {config.run.amp}, compile {config.run.compile}, "
         f"step {engine.step} of {engine.last}"
     )
-    if trees and engine.step == 0:
-        engine.notes["knn_before"] = judge.accuracy()
-
-    log = MetricsLog(out, engine.step) if world.rank == 0 else None
-    stop = StopVote(config.run.timeout)
-    display.start(engine.step, engine.last)
-    try:
-        finished = fit(engine, out, log, display, stop, judge)
-        stop.settle()
-    finally:
-        display.stop()
-        stop.close()
-        if log is not None:
-            log.close()
-    if not finished:
-        display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
-    else:
-        after = judge.accuracy()
-        if world.rank == 0:
-            conclude(write_summary(engine, out, after), out, display)
+    status = Status(out if world.rank == 0 else None, display.warn)
+    with status.during(lambda: engine.step):
+        if trees and engine.step == 0:
+            engine.notes["knn_before"] = judge.accuracy()
+        with signals.patiently():
+            finished = _fit(engine, store, display, signals, judge)
+        if not finished:
+            display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
+        else:
+            after = judge.accuracy()
+            if world.rank == 0:
+                conclude(write_summary(engine, out, after), out, display)
+    status.write("finished" if finished else "preempted", engine.step)
     _leave()
     return 0
+
+
+def _load(engine: Engine, start: Start, display: Display) -> None:
+    """Go on from the checkpoint, if there is one; rank 0 has read it already."""
+    if start.checkpoint is not None:
+        state = start.state or resume.start(start.checkpoint, engine)
+        try:
+            engine.load_state_dict(state)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ConfigError(f"checkpoint {start.checkpoint} does not fit this run: {reason[:200]}") from None
+        here = checkpoint.versions()
+        before = state.get("versions", here)  # the reference's files do not tell
+        differ = [f"{name} {before.get(name)}" for name in here if before.get(name) != here[name]]
+        if differ:
+            display.say(f"checkpoint by {', '.join(differ)}; here {here}: last digits of losses may differ")
+    engine.set_aside(start.gone)
+
+
+def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: StopSignals, judge: Judge) -> bool:
+    """Train to the end, with all that watches over it; False if a signal stopped it before."""
+    run, world = engine.config.run, engine.world
+    keep_steps = run.keep_every and run.keep_every * engine.steps_per_epoch
+    saver = Saver(run.out, run.keep, keep_steps, run.save_minutes, display.warn) if world.rank == 0 else None
+    log = MetricsLog(run.out, engine.step, display.warn) if world.rank == 0 else None
+
+    def ended(reason: str) -> None:
+        _report(TrainingError(reason), 1)
+        Status(run.out, display.warn).write("failed", engine.step, reason)  # rank 0 may be the one that hangs
+
+    heartbeat = Heartbeat(world, store, run.timeout, ended, signals.ask)
+    votes = Votes(run.timeout)
+    display.start(engine.step, engine.last)
+    try:
+        finished = fit(engine, saver, log, display, votes, signals, heartbeat, judge)
+        votes.settle()
+        return finished
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            heartbeat.report(str(error).splitlines()[0])
+        raise
+    finally:
+        heartbeat.close()
+        display.stop()
+        if saver is not None:
+            saver.wait()
+        if log is not None:
+            log.close()
 
 
 def _leave() -> None:

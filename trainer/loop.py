@@ -3,28 +3,38 @@
 import itertools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dali_pipes import Batch, DatasetError
-from trainer import checkpoint
 from trainer.advice import DataAdvisor, own_cores
-from trainer.distributed import StopVote, gathered, mean_over_ranks
+from trainer.distributed import Votes, gathered, mean_over_ranks
 from trainer.engine import Engine
+from trainer.heartbeat import Heartbeat
 from trainer.judgement import Judge
 from trainer.metrics import Display, MetricsLog, WaitClock
+from trainer.saving import Saver
+from trainer.signals import StopSignals
 
 
 class TrainingError(RuntimeError):
     """The run cannot go on: what happened, and what to try."""
 
 
-def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, stop: StopVote, judge: Judge) -> bool:
+def fit(
+    engine: Engine,
+    saver: Saver | None,
+    log: MetricsLog | None,
+    display: Display,
+    votes: Votes,
+    signals: StopSignals,
+    heartbeat: Heartbeat,
+    judge: Judge,
+) -> bool:
     """Train up to the last step; False if a signal stopped it before.
 
-    Rank 0 has a `log` and writes the checkpoints into `folder`. `judge` is asked at the end of epochs.
+    Rank 0 has a `log` and the `saver` of the checkpoints. `judge` is asked at the end of epochs.
 
     Raises:
         TrainingError: loss or gradients were not finite (see `--on-nan`), too many images went bad over all ranks, or
@@ -35,19 +45,22 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
     clock, batches = WaitClock(engine.device), _batches(engine)
     advisor = DataAdvisor(engine.threads, own_cores(engine.world.local_size))
     read_step, read_time = engine.step, time.perf_counter()
-    stopped = False
+    stopped, stall = False, 0.0
     while engine.step < engine.last and not stopped:
-        with clock.waiting():
-            batch = next(batches)
-        loss = engine.train_step(batch.views, batch.indices)
-        # The vote is cast every step, so that the ranks' votes meet.
-        stopped = stop.passed()
-        epoch_ends = engine.step % engine.steps_per_epoch == 0
-        saves = epoch_ends or stopped or engine.step == engine.last
-        if saves or engine.step % run.log_every == 0:
-            mean = _read(engine, loss)
-            scale = engine.scaler.get_scale()  # 1 without fp16
-            seen = engine.watch.read(scale)
+        with heartbeat.watching(engine.step):
+            with clock.waiting():
+                batch = next(batches)
+            heartbeat.fetched()
+            loss = engine.train_step(batch.views, batch.indices)
+            stopped, saves = votes.exchange(signals.asked, saver is not None and saver.due())
+            epoch_ends = engine.step % engine.steps_per_epoch == 0
+            steps_end = run.save_steps is not None and engine.step % run.save_steps == 0
+            saves = saves or epoch_ends or steps_end or stopped or engine.step == engine.last
+            reads = saves or engine.step % run.log_every == 0
+            if reads:
+                scale = engine.scaler.get_scale()  # 1 without fp16
+                mean, seen = _read(engine, loss), engine.watch.read(scale)
+        if reads:
             elapsed = time.perf_counter() - read_time
             rate, waited = (engine.step - read_step) * batch_size / elapsed, clock.read()
             row = {
@@ -64,6 +77,8 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
             }
             if engine.scaler.is_enabled():
                 row["loss_scale"] = scale
+            if stall:
+                row["save_stall"], stall = stall, 0.0
             engine.seconds += elapsed
             # Before the checkpoint, which keeps the history: a run that goes on judges nothing twice.
             if judge.due() and (accuracy := judge.accuracy()) is not None:
@@ -77,8 +92,8 @@ def fit(engine: Engine, folder: Path, log: MetricsLog | None, display: Display, 
                 display.say(f"warning: {warning}")
             if seen.fatal is not None:
                 raise TrainingError(seen.fatal)
-            if saves and log is not None:
-                _save(engine, folder, display, ends=stopped or engine.step == engine.last)
+            if saves and saver is not None:
+                stall = _save(engine, saver, ends=stopped or engine.step == engine.last)
             read_step, read_time = engine.step, time.perf_counter()
     return not stopped
 
@@ -102,10 +117,10 @@ def _read(engine: Engine, loss: Tensor) -> float:
     return value
 
 
-def _save(engine: Engine, folder: Path, display: Display, ends: bool) -> None:
-    try:
-        checkpoint.save(folder, engine.state_dict(), engine.config.run.keep)
-    except OSError as error:
-        if ends:
-            raise TrainingError(f"{error}; make room and run the same command again") from None
-        display.say(f"warning: {error}; training goes on with the checkpoint before")
+def _save(engine: Engine, saver: Saver, ends: bool) -> float:
+    """Begin to save; returns the seconds that training waited. The last save is waited for."""
+    stall = saver.save(engine.state_dict())
+    error = saver.wait() if ends else None
+    if error is not None:
+        raise TrainingError(f"{error}; make room and run the same command again")
+    return stall

@@ -1,9 +1,11 @@
 """What a run tells: `metrics.jsonl`, TensorBoard events and the console, and how long the step waited for data."""
 
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,36 +60,63 @@ class MetricsLog:
     Opened at a step, both are cut back to it, so that a run that went on has each step once.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.file = folder / METRICS
+    def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
+        self.file, self._warn = folder / METRICS, warn
         rows = [row for row in read_metrics(folder) if row["step"] <= step]
         write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._stream = open(self.file, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self._tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        self._rows = open(self.file, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self._unwritten = b""
+        self._tensorboard: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row, JSON-ready, with its `step`; a number that is not finite becomes null, as JSON has none."""
+        """Append a row, JSON-ready, with its `step`; a number that is not finite becomes null, as JSON has none.
+
+        A full disk costs a warning: the row is written with the next that finds room, TensorBoard has to do without.
+        """
         finite = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in row.items()}
-        self._stream.write(json.dumps(finite) + "\n")
-        for name, value in row.items():
-            if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(name, value, row["step"])
+        whole = os.fstat(self._rows.fileno()).st_size
+        held_back, self._unwritten = bool(self._unwritten), self._unwritten + json.dumps(finite).encode() + b"\n"
+        try:
+            if self._rows.write(self._unwritten) != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten = b""
+        except OSError as error:
+            self._rows.truncate(whole)  # not half a row
+            if not held_back:
+                self._warn(f"{self.file} cannot be written: {error.strerror}; training goes on, its rows follow later")
+        self._draw(row)
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            for name, value in row.items():
+                if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                    self._tensorboard.add_scalar(name, value, row["step"])
+        except OSError as error:  # of its own thread, some rows ago
+            self._tensorboard = None
+            self._warn(f"no more TensorBoard events in this process: {error.strerror}")
 
     def close(self) -> None:
         """Flush both."""
-        self._stream.close()
-        self._tensorboard.close()
+        self._rows.close()
+        if self._tensorboard is not None:
+            with suppress(OSError):
+                self._tensorboard.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All whole rows of a run's `metrics.jsonl`; a last line that a crash cut off is left out."""
+    """All whole rows of a run's `metrics.jsonl`; what a crash cut off, or is none of ours, ends them."""
     file = folder / METRICS
     rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 

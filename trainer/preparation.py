@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,8 @@ from trainer.engine import build_model, recipe
 from trainer.metrics import Display
 from trainer.microbatch import check_microbatch
 from trainer.run_folder import RunFolder
+from trainer.signals import Stopped
+from trainer.status import write_status
 
 TRAIN_INDEX, VAL_INDEX = "train_index.npz", "val_index.npz"
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -32,6 +35,7 @@ class Start:
 
     config: Config
     checkpoint: Path | None
+    state: dict[str, Any] | None = None  # what is in it, where it was read already: on rank 0
     gone: list[int] = field(default_factory=list)  # rows of the index that are known to be bad by now
     folder: RunFolder | None = None  # rank 0 holds its lock
 
@@ -48,6 +52,13 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
     folder = RunFolder(config.run.out)
     try:
         return _prepare(config, device, folder, display)
+    except Stopped:  # a long scan is as good a moment for a machine to be taken away as any
+        with suppress(ConfigError, OSError):
+            folder.recorded()  # it is a run's or a new one
+            config.run.out.mkdir(parents=True, exist_ok=True)
+            write_status(config.run.out, "preempted", None, "while the images were looked at")
+        folder.release()
+        raise
     except BaseException:
         folder.release()
         raise
@@ -57,7 +68,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     recorded = folder.recorded()
     if recorded is not None:
         folder.lock()  # before it is read, so that what is read stays true
-    file, warnings = checkpoint.newest(config.run.out)
+    file, state, warnings = checkpoint.newest_state(config.run.out)
     if file is None:
         recorded = None  # nothing was learned there yet, so nothing binds
     config = resolve(config, device, display.say, recorded["flags"] if recorded else {})
@@ -93,7 +104,8 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     (config.run.out / VAL_INDEX).unlink(missing_ok=True)
     if val is not None:
         val.save(config.run.out / VAL_INDEX)
-    return Start(config, file, gone, folder)
+    folder.sweep()
+    return Start(config, file, state, gone, folder)
 
 
 def resolve(

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,11 @@ def losses(tmp_path):
     return read
 
 
-def command(*flags, ranks=None):
+def command(*flags, ranks=None, torchrun=("--standalone",)):
     """The command line of `train_ddp.py`, under torchrun if `ranks` is given."""
     launcher = [sys.executable]
     if ranks is not None:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launcher += ["-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={ranks}"]
     return [*launcher, str(ROOT / "train_ddp.py"), *TINY, *map(str, flags)]
 
 
@@ -64,9 +65,9 @@ def start():
     """Start it as a process of its own, as a user would: `start("--flag", …, ranks=2)`; none outlives the test."""
     started = []
 
-    def call(*flags, ranks=None):
+    def call(*flags, **launch):
         process = subprocess.Popen(
-            command(*flags, ranks=ranks),
+            command(*flags, **launch),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -81,3 +82,20 @@ def start():
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def wait_for_row(file, process, rows=2, seconds=120):
+    """Wait until a run has written so many rows of metrics."""
+    deadline = time.monotonic() + seconds
+    while not file.exists() or len(file.read_text().splitlines()) < rows:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no metrics in time"
+        time.sleep(0.05)
+
+
+def rank_processes(torchrun):
+    """Process ids of the ranks that a torchrun process has started, in the order of the ranks."""
+    pids = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids}
+    ranks = {pid: int(value[5:]) for pid, values in environments.items() for value in values if value[:5] == b"RANK="}
+    return sorted(ranks, key=ranks.__getitem__)

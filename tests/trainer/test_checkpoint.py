@@ -11,7 +11,9 @@ from trainer.config import ConfigError
 
 
 def state(step):
-    return {"step": step, "model": {"weight": torch.full((3,), float(step))}}
+    content = {"flags": {}, "notes": {"knn": [[0, 0.25]]}, "optimizer": {}, "scaler": {}, "loader": {}}
+    weights = {"weight": torch.full((3,), float(step))}
+    return {"step": step, "fingerprint": "0", "seconds": 0.0, "model": weights, **content}
 
 
 def test_newest_returns_what_was_saved(tmp_path):
@@ -21,6 +23,9 @@ def test_newest_returns_what_was_saved(tmp_path):
     assert checkpoint.newest(tmp_path) == (file, [])
     found = checkpoint.load(file)
     assert found["step"] == 10
+    assert found["notes"] == {"knn": [[0, 0.25]]}
+    assert found["versions"]["torch"] == torch.__version__
+    assert torch.load(file, weights_only=True).keys() == found.keys()  # without this program
     assert found["model"]["weight"].tolist() == [10.0] * 3
     assert (tmp_path / "latest").read_text().strip() == file.name
 
@@ -31,6 +36,40 @@ def test_keep_drops_the_oldest_and_zero_keeps_all(tmp_path):
     assert len(list(tmp_path.glob("checkpoint_*.pt"))) == 5
     checkpoint.save(tmp_path, state(5), keep=2)
     assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["checkpoint_00000004.pt", "checkpoint_00000005.pt"]
+
+
+def test_every_so_many_steps_stay_for_good(tmp_path):
+    for step in range(1, 10):
+        checkpoint.save(tmp_path, state(step), keep=1, keep_steps=4)
+    assert sorted(int(file.stem[-8:]) for file in tmp_path.glob("*.pt")) == [4, 8, 9]
+
+
+def test_a_bit_flipped_anywhere_is_found(tmp_path):
+    file = checkpoint.save(tmp_path, state(1), keep=0)
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        file.write_bytes(flipped)
+        with pytest.raises(ConfigError, match=r"checkpoint_00000001\.pt cannot be read"):
+            checkpoint.load(file)
+
+
+def test_what_is_being_written_is_nobody_elses(tmp_path, monkeypatch):
+    modes = []
+    seal = checkpoint._seal
+
+    def looking(stream):
+        modes.append(os.fstat(stream.fileno()).st_mode & 0o777)
+        seal(stream)
+
+    monkeypatch.setattr(checkpoint, "_seal", looking)
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "checkpoint_00000001.pt.part").symlink_to("target")  # a trap is stepped over
+    file = checkpoint.save(tmp_path, state(1), keep=0)
+    assert modes == [0o600]
+    assert (tmp_path / "target").read_text() == "precious"
+    assert not file.is_symlink()
 
 
 @pytest.mark.parametrize("damage", [b"", b"rubbish", None])
@@ -81,19 +120,38 @@ class Payload:
         return os.system, ("touch executed",)
 
 
-def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
+def sealed(file, content):
+    """A file that an attacker wrote: its checksum is right."""
+    with open(file, "w+b") as stream:
+        torch.save(content, stream)
+        checkpoint._seal(stream)
+    return file
+
+
+def test_a_pickle_with_code_is_refused_named_and_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "checkpoint_00000001.pt"
-    torch.save({"format": checkpoint.FORMAT, "step": 1, "model": Payload()}, file)
-    with pytest.raises(ConfigError, match=r"checkpoint_00000001\.pt cannot be read"):
+    file = sealed(tmp_path / "checkpoint_00000001.pt", {"format": checkpoint.FORMAT, **state(1), "model": Payload()})
+    with pytest.raises(
+        ConfigError, match=r"checkpoint_00000001\.pt cannot be read: it refers to the code posix\.system"
+    ):
         checkpoint.load(file)
     file.write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read: cut off, or not written by"):
         checkpoint.load(file)
     assert not (tmp_path / "executed").exists()
 
 
-def test_another_programs_file_is_refused(tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    with pytest.raises(ConfigError, match="is no checkpoint"):
-        checkpoint.load(tmp_path / "other.pt")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, "is no checkpoint"),
+        ([1], "is no checkpoint"),
+        (
+            {"format": checkpoint.FORMAT, **state(1), "model": 7, "step": "1"},
+            "no step, no model, no versions of its kind",
+        ),
+    ],
+)
+def test_another_programs_file_is_refused(tmp_path, content, message):
+    with pytest.raises(ConfigError, match=message):
+        checkpoint.load(sealed(tmp_path / "other.pt", content))

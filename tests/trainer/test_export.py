@@ -49,6 +49,9 @@ def trained(tmp_path_factory):
         state = {
             "step": 2,
             "flags": config.flags(),
+            "fingerprint": "0",
+            "seconds": 0.0,
+            "notes": {},
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": {},

@@ -4,11 +4,11 @@ import json
 import math
 import os
 import signal
-import time
 
 import pytest
 import torch
 
+from tests.trainer.conftest import wait_for_row
 from trainer import checkpoint
 from trainer.metrics import read_metrics
 
@@ -76,14 +76,6 @@ def test_rows_after_the_checkpoint_are_cut_off_when_a_run_goes_on(train, losses,
         stream.write('{"step": 5, "loss": 99.0}\n{"step": 6, "lo')  # written after the checkpoint, the last line torn
     assert train("--no-knn") == 0
     assert losses() == losses("whole")
-
-
-def wait_for_row(file, process, rows=2, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not file.exists() or len(file.read_text().splitlines()) < rows:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "no metrics in time"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])

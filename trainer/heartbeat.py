@@ -1,0 +1,172 @@
+"""Whether all ranks are alive and move on, and which one is to blame when a step does not end."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from trainer.distributed import World
+
+_DATA, _STEP = 0, 1  # what a rank does: it waits for its batch, or takes the step
+
+
+class Beat(NamedTuple):
+    """What a rank last said of itself."""
+
+    pulse: int
+    step: int
+    phase: int
+
+
+class Heartbeat:
+    """Each rank says once a second, through torchrun's store, where it is; a step that lasts too long is looked into.
+
+    A collective that times out names the neighbour in its ring at best, and NCCL's names nobody. Here the ranks that
+    say nothing any more are to blame, or else those that are behind the others. Only the CPU takes part.
+    """
+
+    INTERVAL = 1.0
+
+    def __init__(
+        self,
+        world: World,
+        store: dist.Store | None,
+        timeout: int,
+        ended: Callable[[str], None],
+        lost: Callable[[], None],
+    ) -> None:
+        """Start saying where this rank is; nothing for a single process.
+
+        Args:
+            timeout: seconds after which a step is hung; the process then ends with exit code 1.
+            ended: told why, just before, on one rank.
+            lost: called once if torchrun, whose store it is, is gone.
+        """
+        self._world, self._timeout, self._ended, self._lost = world, timeout, ended, lost
+        self._where = Beat(0, 0, _DATA)
+        self._started: float | None = None  # of the step under way
+        self._names: list[str] = []
+        self._asked, self._answered = threading.Event(), threading.Event()
+        self._snapshots: list[list[Beat]] = []
+        self._reporting, self._closing = threading.Lock(), threading.Event()
+        # A connection of its own: one that waits for a key holds up all who use it.
+        self._store = store.clone() if store is not None else None
+        if self._store is not None:
+            for target in (self._beat, self._watch):
+                threading.Thread(target=target, name="heartbeat", daemon=True).start()
+
+    @contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        """Around a step, from before its batch is there."""
+        self._where, self._started = Beat(0, step, _DATA), time.monotonic()
+        yield
+        self._started = None  # not after an error: what it was is still to be found out
+
+    def fetched(self) -> None:
+        """The batch is there."""
+        self._where = self._where._replace(phase=_STEP)
+
+    def close(self) -> None:
+        """Stop saying and watching."""
+        self._closing.set()
+
+    def report(self, error: str) -> None:
+        """End the process because of an error of a collective; one rank says which rank is to blame."""
+        self._end(error)
+
+    def _beat(self) -> None:
+        assert self._store is not None
+        key, count = f"beat/{self._world.rank}", 0
+        try:
+            self._store.set(f"who/{self._world.rank}", self._name())
+            while not self._closing.is_set():
+                count += 1
+                self._store.set(key, f"{count} {self._where.step} {self._where.phase}")
+                if count == 1:
+                    names = self._store.multi_get([f"who/{rank}" for rank in range(self._world.size)])
+                    self._names = [name.decode() for name in names]
+                # Reading all ranks is for when there is a question: N ranks that read N ranks each second are many.
+                if self._asked.is_set():
+                    self._snapshots.append(self._read())
+                    self._answered.set()
+                self._closing.wait(self.INTERVAL)
+        except (RuntimeError, dist.DistError):
+            if not self._closing.is_set():
+                self._lost()
+
+    def _read(self) -> list[Beat]:
+        assert self._store is not None
+        beats = self._store.multi_get([f"beat/{rank}" for rank in range(self._world.size)])
+        return [Beat(*map(int, beat.split())) for beat in beats]
+
+    def _watch(self) -> None:
+        # The question takes some seconds, and torch's own timeout must not come first.
+        patience = self._timeout - min(10.0, self._timeout / 3)
+        while not self._closing.wait(self.INTERVAL / 2):
+            started = self._started
+            if started is not None and time.monotonic() - started > patience:
+                self._end(f"step {self._where.step + 1} does not end; all ranks are alive and in it")
+
+    def _diagnose(self) -> str:
+        """Who is to blame; empty if nobody is."""
+        seconds = time.monotonic() - (self._started or time.monotonic())
+        place = f"step {self._where.step + 1}, after {seconds:.0f} s"
+        self._snapshots.clear()
+        self._asked.set()
+        for _ in range(3):
+            self._answered.clear()
+            if not self._answered.wait(2 * self.INTERVAL):
+                return f"{place}: torchrun's store at {_master()} does not answer; {self._far()}"
+        first, *_, last = self._snapshots
+        silent = [rank for rank, (a, b) in enumerate(zip(first, last, strict=True)) if a.pulse == b.pulse]
+        if silent:
+            return f"{place}: no sign of life from {self._named(silent)}"
+        places = [(beat.step, beat.phase) for beat in last]
+        behind = [rank for rank, reached in enumerate(places) if reached == min(places)]
+        if len(behind) == len(places):
+            return ""
+        doing = "the next batch of" if min(places)[1] == _DATA else "the end of the step of"
+        return f"{place}: all wait for {doing} {self._named(behind)}"
+
+    def _named(self, ranks: list[int]) -> str:
+        return " and ".join(f"rank {rank} ({self._names[rank] if self._names else 'unknown'})" for rank in ranks)
+
+    def _name(self) -> str:
+        return f"node {self._world.node}: {socket.gethostname()}, pid {os.getpid()}"
+
+    def _far(self) -> str:
+        here = self._name().split(":")[0]
+        far = [rank for rank, name in enumerate(self._names) if name.split(":")[0] != here]
+        return f"this node is cut off from {self._named(far)}" if far else "is torchrun still there?"
+
+    def _end(self, otherwise: str) -> None:
+        with self._reporting:  # the other thread that may come here waits for the end of the process
+            error = self._diagnose() or otherwise
+            if self._is_first():
+                self._ended(f"{error}; start the same command again, it goes on from the newest checkpoint")
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _is_first(self) -> bool:
+        """Whether to say it: one rank of those that still reach each other."""
+        first: list[bool] = [True]
+
+        def ask() -> None:
+            assert self._store is not None
+            first[0] = self._store.add("moco_v3/hung", 1) == 1
+
+        if self._store is not None:
+            asking = threading.Thread(target=ask, daemon=True)
+            asking.start()
+            asking.join(2 * self.INTERVAL)
+        return first[0]
+
+
+def _master() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

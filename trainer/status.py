@@ -1,0 +1,66 @@
+"""`status.json`: what became of a run, for the scheduler that has to decide whether to start it again."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from trainer.run_folder import STATUS, write_atomically
+from trainer.signals import Stopped
+
+State = Literal["running", "preempted", "finished", "failed"]
+
+
+def write_status(folder: Path, status: State, step: int | None, reason: str = "") -> None:
+    """Replace `status.json`.
+
+    running: a process trains, or was killed before it could say more. preempted: asked to stop, saved; the same command
+    goes on. finished: nothing is left to do. failed: `reason` says why; starting again as it is will not help, except
+    after a rank or a machine was lost. step: done, None if not known.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    content = {
+        "status": status,
+        "step": step,
+        "reason": reason,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    write_atomically(folder / STATUS, (json.dumps(content, indent=2) + "\n").encode())
+
+
+class Status:
+    """The status of the run that this process trains; a folder that cannot be written costs a warning."""
+
+    def __init__(self, folder: Path | None, warn: Callable[[str], None]) -> None:
+        """`folder`: None on ranks that leave it to rank 0."""
+        self._folder, self._warn = folder, warn
+
+    def write(self, status: State, step: int, reason: str = "") -> None:
+        """Replace `status.json`."""
+        if self._folder is None:
+            return
+        try:
+            write_status(self._folder, status, step, reason)
+        except OSError as error:
+            self._warn(f"{self._folder / STATUS} could not be written: {error.strerror}")
+
+    @contextmanager
+    def during(self, step: Callable[[], int]) -> Iterator[None]:
+        """`running` from here, and what became of it if the block does not reach its end."""
+        self.write("running", step())
+        try:
+            yield
+        except Stopped:
+            self.write("preempted", step())
+            raise
+        except Exception as error:
+            self.write("failed", step(), str(error))
+            raise
