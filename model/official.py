@@ -86,14 +86,17 @@ def optimizer_to_official(state: Mapping[str, Any], model: nn.Module) -> dict[st
     """State dict of an optimizer over the trained parameters of a MoCoV3, as the reference has it.
 
     That is one group of all parameters in order, those of the momentum encoder and frozen ones too, which have no
-    state. Tensors are shared, not copied.
+    state. Tensors are contiguous, as the reference's parameters are.
     """
     trained = _trained(model)
     (group,) = state["param_groups"]
     # Whether the update is one kernel is for the machine that goes on to choose, not part of the state.
     kept = {name: None if name in ("fused", "foreach") else value for name, value in group.items()}
     return {
-        "state": {trained[place]: value for place, value in state["state"].items()},
+        "state": {
+            trained[place]: {key: value.contiguous() for key, value in entry.items()}
+            for place, entry in state["state"].items()
+        },
         "param_groups": [{**kept, "params": list(range(len(list(model.parameters()))))}],
     }
 
@@ -101,7 +104,8 @@ def optimizer_to_official(state: Mapping[str, Any], model: nn.Module) -> dict[st
 def optimizer_from_official(official: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The other way round: the state of the trained parameters, their group with indices that count these alone.
 
-    A step count that is an int, as torch 1.9 wrote it, becomes the tensor that today's AdamW has.
+    A step count that is an int, as torch 1.9 wrote it, becomes the tensor that today's AdamW has. Each tensor gets the
+    memory layout of its parameter: the fused AdamW takes that for granted, and adds up wrong elements otherwise.
 
     Raises ValueError if the file has state for other parameters than this model trains, or tensors of other shapes.
     """
@@ -115,15 +119,18 @@ def optimizer_from_official(official: Mapping[str, Any], model: nn.Module) -> di
     parameters = list(model.parameters())
     state = {}
     for place, index in enumerate(trained):
-        entry = {
-            key: torch.tensor(float(value)) if key == "step" else value
-            for key, value in official["state"][index].items()
-        }
-        shapes = {value.shape for key, value in entry.items() if key != "step"}
-        if shapes != {parameters[index].shape}:
+        parameter, entry = parameters[index], official["state"][index]
+        if {value.shape for key, value in entry.items() if key != "step"} != {parameter.shape}:
             raise ValueError(f"its optimizer's state of parameter {index} is of another shape than the parameter")
-        state[place] = entry
+        state[place] = {
+            key: torch.tensor(float(value)) if key == "step" else _laid_out(value, parameter)
+            for key, value in entry.items()
+        }
     return {"state": state, "param_groups": [{**group, "params": list(range(len(trained)))}]}
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _trained(model: nn.Module) -> list[int]:
