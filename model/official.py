@@ -77,9 +77,13 @@ def load_official(file: str | os.PathLike[str]) -> OfficialCheckpoint:
     absent = [key for key in ("arch", "epoch") if key not in content]
     if absent:
         raise ValueError(f"{os.fspath(file)}: a checkpoint without {' and '.join(absent)}")
-    return OfficialCheckpoint(
+    found = OfficialCheckpoint(
         content["arch"], content["epoch"], state_dict, content.get("optimizer"), content.get("scaler")
     )
+    damaged = _damaged(found)
+    if damaged:
+        raise ValueError(f"{os.fspath(file)}: its {damaged} is damaged")
+    return found
 
 
 def optimizer_to_official(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -135,6 +139,31 @@ def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _trained(model: nn.Module) -> list[int]:
     return [place for place, parameter in enumerate(model.parameters()) if parameter.requires_grad]
+
+
+def _damaged(found: OfficialCheckpoint) -> str | None:
+    """Which part is not what the reference writes there; None if all are."""
+    sound = {
+        "arch": isinstance(found.arch, str),
+        "epoch": isinstance(found.epoch, int) and found.epoch >= 0,
+        "state_dict": all(isinstance(value, Tensor) for value in found.state_dict.values()),
+        "optimizer state": found.optimizer is None or _is_optimizer(found.optimizer),
+        "scaler": found.scaler is None or isinstance(found.scaler, dict),
+    }
+    return next((part for part, whole in sound.items() if not whole), None)
+
+
+def _is_optimizer(content: Any) -> bool:
+    if not isinstance(content, dict):
+        return False
+    state, groups = content.get("state"), content.get("param_groups")
+    if not isinstance(state, dict) or not isinstance(groups, list) or [type(group) for group in groups] != [dict]:
+        return False
+    entries = [entry for index, entry in state.items() if isinstance(index, int) and isinstance(entry, dict)]
+    values = [(key, value) for entry in entries for key, value in entry.items()]
+    return len(entries) == len(state) and all(
+        isinstance(value, Tensor) or (key == "step" and isinstance(value, int)) for key, value in values
+    )
 
 
 def _kind_of_weights(names: Mapping[str, Tensor], foreign: list[str], missing: list[str]) -> str:

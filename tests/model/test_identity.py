@@ -28,9 +28,7 @@ def test_the_architectures_of_the_reference(arch):
 def test_other_sizes_and_layouts():
     sizes = {"embed_dim": 64, "depth": 2, "num_heads": 4}
     state = state_of("vit_conv_small", image_size=96, heads="resnet", backbone=sizes)
-    assert (
-        nearest_architecture(state, prefer="vit_conv_base") == "vit_conv_base"
-    )
+    assert nearest_architecture(state, prefer="vit_conv_base") == "vit_conv_base"
     found = settings(state)
     assert (found["embed_dim"], found["depth"], found["image_size"], found["heads"]) == (64, 2, 96, "resnet")
     assert "image_size" not in settings(state_of("vit_small", image_size=(32, 64), backbone=sizes))

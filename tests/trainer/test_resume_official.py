@@ -317,12 +317,21 @@ def test_other_files_are_told_apart(content, phrase, refused, tmp_path):
     assert phrase in refused(file=tmp_path / "file.pth.tar")
 
 
-def test_a_damaged_optimizer_is_said(refused, published):
+@pytest.mark.parametrize(
+    ("part", "content", "phrase"),
+    [
+        ("optimizer", {"state": {}}, "its optimizer state is damaged"),
+        ("optimizer", {"state": {0: {"exp_avg": "x"}}, "param_groups": [{}]}, "its optimizer state is damaged"),
+        ("optimizer", [1, 2], "its optimizer state is damaged"),
+        ("epoch", "seven", "its epoch is damaged"),
+        ("arch", 3, "its arch is damaged"),
+        ("scaler", 65536.0, "its scaler is damaged"),
+    ],
+)
+def test_a_damaged_part_is_said(part, content, phrase, refused, published):
     file = published()
-    content = torch.load(file)
-    del content["optimizer"]["param_groups"]
-    torch.save(content, file)
-    assert "its optimizer state is damaged" in refused(file=file)
+    torch.save({**torch.load(file), part: content}, file)
+    assert phrase in refused(file=file)
 
 
 def test_the_command_says_it_in_one_line_and_leaves_no_folder(published, train, tmp_path, capsys):
