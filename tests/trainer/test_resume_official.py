@@ -339,3 +339,13 @@ def test_the_command_says_it_in_one_line_and_leaves_no_folder(published, train, 
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "is another model: --moco-dim is 32 there, 16 here" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_as_one(published, train, start, losses, sample, tmp_path):
+    flags = [*FLAGS, "--resume", published(), "--max-steps", 45, "--dtype", "float64", "--amp", "off"]
+    assert train(*flags, out="one") == 0
+    two = start(*flags, "--data", sample, "--out", tmp_path / "two", ranks=2)
+    assert two.wait(300) == 0, two.communicate()[1]
+    assert list(losses("two")) == [43, 44, 45]
+    assert list(losses("two").values()) == pytest.approx(list(losses("one").values()), abs=1e-9, rel=0)
