@@ -169,8 +169,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictions = [predict(t, gpus, flags, step[0] if step else None) for gpus in flags.gpus]
     _show(flags, config, t, predictions, step)
     if flags.json is not None:
-        record = {"traffic": asdict(t), "assumed": asdict(flags), "step": step}
-        record["predictions"] = [asdict(p) for p in predictions]
+        record = {
+            "traffic": asdict(t),
+            "assumed": asdict(flags),
+            "step": step,
+            "predictions": [asdict(p) for p in predictions],
+        }
         flags.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
     return 0
 

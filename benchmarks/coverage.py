@@ -23,7 +23,7 @@ from benchmarks.environment import busy, environment
 from benchmarks.measure import Estimate, estimate
 from benchmarks.progress import Progress
 from benchmarks.results import ResultError
-from benchmarks.source import Contender
+from benchmarks.source import Contender, Source
 from benchmarks.tables import number, spread
 from benchmarks.throughput import RATE, measure
 from dali_pipes import MOCO_V3, DatasetError, DatasetIndex
@@ -76,7 +76,7 @@ def _run(flags: Coverage, images: DatasetIndex, device: torch.device, progress: 
     """One run of a loader benchmark as any user starts it, pipelines built anew: rates by name."""
     threads = flags.common.workers or min(16, torch.get_num_threads())
     batch = flags.batch_size
-    sources = {
+    sources: dict[str, Source] = {
         "dali: decode only": dali_sources.decode_only(images, batch, threads, device),
         "dali: two views": dali_sources.Views(images, MOCO_V3, batch, flags.image_size, threads, device),
     }

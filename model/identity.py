@@ -1,5 +1,6 @@
 """Which architecture, heads and sizes weights have: read from names and shapes, to tell why they do not fit."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,7 @@ def _encoder(state_dict: Mapping[str, Tensor]) -> Shapes:
     return {name.removeprefix(_ENCODER): x.shape for name, x in state_dict.items() if name.startswith(_ENCODER)}
 
 
+@functools.cache
 def _shapes(arch: str) -> Shapes:
     with torch.device("meta"):
         module = build_backbone(arch).module

@@ -77,23 +77,30 @@ def load_official(file: str | os.PathLike[str]) -> OfficialCheckpoint:
     absent = [key for key in ("arch", "epoch") if key not in content]
     if absent:
         raise ValueError(f"{os.fspath(file)}: a checkpoint without {' and '.join(absent)}")
-    return OfficialCheckpoint(
+    found = OfficialCheckpoint(
         content["arch"], content["epoch"], state_dict, content.get("optimizer"), content.get("scaler")
     )
+    damaged = _damaged(found)
+    if damaged:
+        raise ValueError(f"{os.fspath(file)}: its {damaged} is damaged")
+    return found
 
 
 def optimizer_to_official(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """State dict of an optimizer over the trained parameters of a MoCoV3, as the reference has it.
 
     That is one group of all parameters in order, those of the momentum encoder and frozen ones too, which have no
-    state. Tensors are shared, not copied.
+    state. Tensors are contiguous, as the reference's parameters are.
     """
     trained = _trained(model)
     (group,) = state["param_groups"]
     # Whether the update is one kernel is for the machine that goes on to choose, not part of the state.
     kept = {name: None if name in ("fused", "foreach") else value for name, value in group.items()}
     return {
-        "state": {trained[place]: value for place, value in state["state"].items()},
+        "state": {
+            trained[place]: {key: value.contiguous() for key, value in entry.items()}
+            for place, entry in state["state"].items()
+        },
         "param_groups": [{**kept, "params": list(range(len(list(model.parameters()))))}],
     }
 
@@ -101,7 +108,8 @@ def optimizer_to_official(state: Mapping[str, Any], model: nn.Module) -> dict[st
 def optimizer_from_official(official: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The other way round: the state of the trained parameters, their group with indices that count these alone.
 
-    A step count that is an int, as torch 1.9 wrote it, becomes the tensor that today's AdamW has.
+    A step count that is an int, as torch 1.9 wrote it, becomes the tensor that today's AdamW has. Each tensor gets the
+    memory layout of its parameter: the fused AdamW takes that for granted, and adds up wrong elements otherwise.
 
     Raises ValueError if the file has state for other parameters than this model trains, or tensors of other shapes.
     """
@@ -115,19 +123,47 @@ def optimizer_from_official(official: Mapping[str, Any], model: nn.Module) -> di
     parameters = list(model.parameters())
     state = {}
     for place, index in enumerate(trained):
-        entry = {
-            key: torch.tensor(float(value)) if key == "step" else value
-            for key, value in official["state"][index].items()
-        }
-        shapes = {value.shape for key, value in entry.items() if key != "step"}
-        if shapes != {parameters[index].shape}:
+        parameter, entry = parameters[index], official["state"][index]
+        if {value.shape for key, value in entry.items() if key != "step"} != {parameter.shape}:
             raise ValueError(f"its optimizer's state of parameter {index} is of another shape than the parameter")
-        state[place] = entry
+        state[place] = {
+            key: torch.tensor(float(value)) if key == "step" else _laid_out(value, parameter)
+            for key, value in entry.items()
+        }
     return {"state": state, "param_groups": [{**group, "params": list(range(len(trained)))}]}
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _trained(model: nn.Module) -> list[int]:
     return [place for place, parameter in enumerate(model.parameters()) if parameter.requires_grad]
+
+
+def _damaged(found: OfficialCheckpoint) -> str | None:
+    """Which part is not what the reference writes there; None if all are."""
+    sound = {
+        "arch": isinstance(found.arch, str),
+        "epoch": isinstance(found.epoch, int) and found.epoch >= 0,
+        "state_dict": all(isinstance(value, Tensor) for value in found.state_dict.values()),
+        "optimizer state": found.optimizer is None or _is_optimizer(found.optimizer),
+        "scaler": found.scaler is None or isinstance(found.scaler, dict),
+    }
+    return next((part for part, whole in sound.items() if not whole), None)
+
+
+def _is_optimizer(content: Any) -> bool:
+    if not isinstance(content, dict):
+        return False
+    state, groups = content.get("state"), content.get("param_groups")
+    if not isinstance(state, dict) or not isinstance(groups, list) or [type(group) for group in groups] != [dict]:
+        return False
+    entries = [entry for index, entry in state.items() if isinstance(index, int) and isinstance(entry, dict)]
+    values = [(key, value) for entry in entries for key, value in entry.items()]
+    return len(entries) == len(state) and all(
+        isinstance(value, Tensor) or (key == "step" and isinstance(value, int)) for key, value in values
+    )
 
 
 def _kind_of_weights(names: Mapping[str, Tensor], foreign: list[str], missing: list[str]) -> str:

@@ -162,8 +162,8 @@ def description(run: TrainedRun, form: str, file: str) -> dict[str, Any]:
         "timm": timm.__version__,
         "torch": torch.__version__,
     }
-    if form == "official" and not _has_reference_sizes(run.config):
-        about["note"] = f"the reference's {arch} has other sizes, and its code cannot load this file"
+    if form == "official" and not _has_reference_sizes(run):
+        about["note"] = f"the reference's {arch} has other sizes or heads, and its code cannot load this file"
     elif form != "official" and "vit_conv" in arch:
         about["note"] = "timm has no such conv stem: load it in a checkout of this repository"
     return about
@@ -223,9 +223,11 @@ def _attention_heads(module: nn.Module) -> int | list[int] | None:
     return heads[0] if len(set(heads)) == 1 else heads or None
 
 
-def _has_reference_sizes(config: Config) -> bool:
+def _has_reference_sizes(run: TrainedRun) -> bool:
+    config = run.config
     is_vit = config.model.arch in VISION_TRANSFORMERS
-    return not is_vit or (not config.model.backbone and config.data.image_size == 224)
+    own_backbone = not is_vit or (not config.model.backbone and config.data.image_size == 224)
+    return own_backbone and run.model.heads == ("vit" if is_vit else "resnet")
 
 
 def main(argv: Sequence[str]) -> int:

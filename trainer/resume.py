@@ -114,11 +114,8 @@ def _model_differences(found: OfficialCheckpoint, config: Config, model: MoCoV3)
 def _optimizer_differences(found: OfficialCheckpoint, config: Config) -> list[str]:
     if found.optimizer is None:
         return []
-    try:
-        keys = {key for entry in found.optimizer["state"].values() for key in entry}
-        (group,) = found.optimizer["param_groups"]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return ["its optimizer state is damaged"]
+    keys = {key for entry in found.optimizer["state"].values() for key in entry}
+    (group,) = found.optimizer["param_groups"]
     kind = "lars" if keys == {"mu"} else "adamw"
     if kind != config.optim.optimizer:
         return [disagreement("optimizer", kind, config.optim.optimizer)]

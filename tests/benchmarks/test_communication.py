@@ -76,6 +76,7 @@ def test_times_within_a_node_by_hand():
     assert p.sent_mb == pytest.approx(1.75 * 200.1 + 7 * 1.1)
     # 50 ms of backward hide all gradients but the last bucket.
     assert p.exposed_ms == pytest.approx(p.gradients_ms / buckets + p.keys_ms + p.statistics_ms)
+    assert p.exposed_ms is not None
     assert p.efficiency == pytest.approx(100 / (100 + p.exposed_ms))
 
 

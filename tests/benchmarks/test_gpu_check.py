@@ -2,7 +2,9 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -94,6 +96,7 @@ def test_the_parts_are_all_there(monkeypatch):
     assert [p.name for p in found] == [*first, *steps, "loader", "ablation", *variants]
     # Each part's result is looked for where the part writes it.
     for p in found[len(first) :]:
+        assert isinstance(p.findings, partial)
         assert p.arguments[p.arguments.index("--out") + 1] == str(p.findings.args[0])
 
 
@@ -107,7 +110,7 @@ def test_every_part_takes_its_flags(monkeypatch, capsys):
         for p in parts(GpuCheck(device=device), Path("scratch")):
             name = p.arguments[1].removeprefix("benchmarks.")
             if name in modules:
-                flags = tyro.cli(modules[name], args=p.arguments[2:], config=(tyro.conf.OmitArgPrefixes,))
+                flags: Any = tyro.cli(modules[name], args=p.arguments[2:], config=(tyro.conf.OmitArgPrefixes,))
                 assert flags.common.quick
 
 

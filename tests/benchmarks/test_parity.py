@@ -57,4 +57,6 @@ def test_the_picture_has_both_panels(result, tmp_path):
     shown.configuration.update(amp="bf16", compile="on")
     figure = draw(shown)
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "difference of the loss"]
-    assert len(figure.axes[0].get_legend().get_texts()) == 3
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [FAST, PLAIN, OTHER_SEED]

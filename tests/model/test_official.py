@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from model import LARS, MoCoV3
-from model.official import from_official, load_official, to_official
+from model.official import (
+    from_official,
+    load_official,
+    optimizer_from_official,
+    optimizer_to_official,
+    to_official,
+)
 from tests.golden import cases, formula
 from tests.golden.cases import load
 from tests.golden.compare import assert_close
@@ -88,6 +94,28 @@ def test_a_loaded_backbone_gives_the_references_features(tag, features, tmp_path
     with torch.no_grad():
         mine = {"eval": formula.digest(model.double().eval().features(x))}
     assert_close(mine, expected["f64"])
+
+
+def test_a_fused_optimizer_goes_on_as_a_plain_one_also_with_kernels_in_channels_last():
+    """The reference's state is contiguous, our kernels are not; the fused AdamW reads both as if laid out alike."""
+    values = {key: torch.rand(8, 3, 3, 3) for key in ("parameter", "gradient", "exp_avg", "exp_avg_sq")}
+
+    def stepped(layout, **options):
+        convolution = torch.nn.Conv2d(3, 8, 3, bias=False).to(memory_format=layout)
+        convolution.weight.data.copy_(values["parameter"])
+        convolution.weight.grad = torch.empty_like(convolution.weight).copy_(values["gradient"])
+        optimizer = torch.optim.AdamW(convolution.parameters(), lr=0.1, **options)
+        moments = {key: values[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        group = {**optimizer.state_dict()["param_groups"][0], "params": [0]}
+        official = {"state": {0: {"step": 3, **moments}}, "param_groups": [group]}
+        optimizer.load_state_dict(optimizer_from_official(official, convolution))
+        optimizer.step()
+        again = optimizer_to_official(optimizer.state_dict(), convolution)["state"][0]
+        assert again["exp_avg"].is_contiguous()
+        return convolution.weight.detach(), again["exp_avg"]
+
+    plain = stepped(torch.contiguous_format)
+    torch.testing.assert_close(stepped(torch.channels_last, fused=True), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_names_come_with_and_without_module():

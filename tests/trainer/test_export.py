@@ -13,7 +13,7 @@ from model.official import load_official
 from trainer import checkpoint
 from trainer.config import Config, replace
 from trainer.engine import build_model, build_optimizer
-from trainer.export import export, main, open_run
+from trainer.export import description, export, main, open_run
 
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 4}
 CASES: dict[str, dict[str, Any]] = {
@@ -107,6 +107,13 @@ def test_the_heads_of_vit_small_are_said_as_timm_has_others(trained, tmp_path):
     about = export(source, tmp_path / "a.safetensors", "timm")
     assert about["constructor"] == "timm.create_model"
     assert about["arguments"] == {"model_name": "vit_small_patch16_224", "num_classes": 0, "img_size": 32, **SIZES}
+
+
+def test_heads_that_the_reference_does_not_have_are_noted(trained):
+    source = open_run(trained("resnet18"))
+    assert "note" not in description(source, "official", "file")
+    source.model.heads = "vit"
+    assert "other sizes or heads" in description(source, "official", "file")["note"]
 
 
 @pytest.mark.parametrize("arch", ["vit_small", "resnet18"])

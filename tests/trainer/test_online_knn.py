@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from trainer import checkpoint
@@ -47,3 +48,13 @@ def test_a_run_that_goes_on_judges_nothing_twice(train, tmp_path, capsys):
 def test_without_val_it_trains_on(train, sample, tmp_path):
     assert train("--data", sample / "train", "--knn-every", 1, "--max-steps", 4) == 0
     assert accuracies(tmp_path / "run") == {}
+
+
+@pytest.mark.slow
+def test_two_ranks_judge_together(train, start, sample, tmp_path):
+    flags = ["--dtype", "float64", "--max-steps", 4, "--knn-every", 1]
+    assert train(*flags, out="one") == 0
+    two = start(*flags, "--data", sample, "--out", tmp_path / "two", ranks=2)
+    assert two.wait(300) == 0, two.communicate()[1]
+    assert list(accuracies(tmp_path / "two")) == [3, 4]
+    assert accuracies(tmp_path / "two") == accuracies(tmp_path / "one")

@@ -317,12 +317,21 @@ def test_other_files_are_told_apart(content, phrase, refused, tmp_path):
     assert phrase in refused(file=tmp_path / "file.pth.tar")
 
 
-def test_a_damaged_optimizer_is_said(refused, published):
+@pytest.mark.parametrize(
+    ("part", "content", "phrase"),
+    [
+        ("optimizer", {"state": {}}, "its optimizer state is damaged"),
+        ("optimizer", {"state": {0: {"exp_avg": "x"}}, "param_groups": [{}]}, "its optimizer state is damaged"),
+        ("optimizer", [1, 2], "its optimizer state is damaged"),
+        ("epoch", "seven", "its epoch is damaged"),
+        ("arch", 3, "its arch is damaged"),
+        ("scaler", 65536.0, "its scaler is damaged"),
+    ],
+)
+def test_a_damaged_part_is_said(part, content, phrase, refused, published):
     file = published()
-    content = torch.load(file)
-    del content["optimizer"]["param_groups"]
-    torch.save(content, file)
-    assert "its optimizer state is damaged" in refused(file=file)
+    torch.save({**torch.load(file), part: content}, file)
+    assert phrase in refused(file=file)
 
 
 def test_the_command_says_it_in_one_line_and_leaves_no_folder(published, train, tmp_path, capsys):
@@ -330,3 +339,13 @@ def test_the_command_says_it_in_one_line_and_leaves_no_folder(published, train, 
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "is another model: --moco-dim is 32 there, 16 here" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_as_one(published, train, start, losses, sample, tmp_path):
+    flags = [*FLAGS, "--resume", published(), "--max-steps", 45, "--dtype", "float64", "--amp", "off"]
+    assert train(*flags, out="one") == 0
+    two = start(*flags, "--data", sample, "--out", tmp_path / "two", ranks=2)
+    assert two.wait(300) == 0, two.communicate()[1]
+    assert list(losses("two")) == [43, 44, 45]
+    assert list(losses("two").values()) == pytest.approx(list(losses("one").values()), abs=1e-9, rel=0)
