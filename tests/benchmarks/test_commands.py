@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablation, ablation_variants, loader, results, step, variants
+from benchmarks import ablation, ablation_variants, loader, reference_step, results, step, variants
 from benchmarks.command import run
+from trainer import engine, preparation
 
 LOADER: Any = (loader.Loader, loader.measure_loaders, loader.draw)
 STEP: Any = (step.Step, step.measure_step, step.draw)
@@ -90,6 +91,19 @@ def test_variants_from_the_reference_to_the_trainers_step(result_of):
     times = result.find("vit_conv_small", variants.OURS, "ms/step").values
     assert rates[-1].values == pytest.approx([1000 * 2 / ms for ms in times])
     assert not any(m.headline for m in result.measurements)
+
+
+def test_variants_may_compile_the_same_model_twice(result_of, monkeypatch):
+    def traced(model):
+        for part in (model.normalize, model.base_encoder, model.momentum_encoder, model.predictor):
+            part.compile(fullgraph=True, dynamic=False, backend="eager")  # all of torch.compile but the compiler
+
+    monkeypatch.setattr(reference_step, "compile_encoders", traced)
+    monkeypatch.setattr(engine, "compile_encoders", traced)
+    monkeypatch.setattr(preparation, "_missing_compiler", lambda device: None)
+    result = result_of(VARIANTS, "--presets", "demo")
+    rates = {m.name for m in result.of("vit_conv_small") if m.quantity == "images/s"}
+    assert rates == set(variants.ROWS) - {"+ bf16, no loss scaler"}
 
 
 @pytest.mark.parametrize(
