@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablation, ablation_variants, loader, microbatch, results, step, variants
+from benchmarks import ablation, ablation_variants, loader, microbatch, reference_step, results, step, variants
 from benchmarks.command import run
+from trainer import engine, preparation
 
 LOADER: Any = (loader.Loader, loader.measure_loaders, loader.draw)
 STEP: Any = (step.Step, step.measure_step, step.draw)
@@ -109,6 +110,19 @@ def test_chunks_need_less_memory_and_give_the_same(tree, tmp_path, capsys):
         assert value("--microbatch 4", quantity) < 1e-4
         assert value("float64: --microbatch 4", quantity) < 1e-9
         assert value(microbatch.WHOLE, quantity) == 0
+
+
+def test_variants_may_compile_the_same_model_twice(result_of, monkeypatch):
+    def traced(model):
+        for part in (model.normalize, model.base_encoder, model.momentum_encoder, model.predictor):
+            part.compile(fullgraph=True, dynamic=False, backend="eager")  # all of torch.compile but the compiler
+
+    monkeypatch.setattr(reference_step, "compile_encoders", traced)
+    monkeypatch.setattr(engine, "compile_encoders", traced)
+    monkeypatch.setattr(preparation, "_missing_compiler", lambda device: None)
+    result = result_of(VARIANTS, "--presets", "demo")
+    rates = {m.name for m in result.of("vit_conv_small") if m.quantity == "images/s"}
+    assert rates == set(variants.ROWS) - {"+ bf16, no loss scaler"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""What the benchmarks can only tell on a GPU: device time, streams beside the step, both back ends, energy."""
+
+from math import isfinite
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ablation, results, step, variants
+from benchmarks.command import run
+from benchmarks.intervals import INTERVALS
+from benchmarks.trace import OTHER, Trace, beside, device_milliseconds
+
+HERE = Path(__file__).parent
+CUDA = torch.device("cuda", 0)
+
+
+def multiply(count=20):
+    x = torch.randn(2048, 2048, device=CUDA)
+    for _ in range(count):
+        x = x @ x
+
+
+def test_device_time_is_that_of_the_queued_work():
+    assert device_milliseconds(lambda: None, CUDA) == 0
+    few, many = (device_milliseconds(lambda n=n: multiply(n), CUDA) for n in (1, 200))
+    assert 0 < few < many
+
+
+def test_a_trace_tells_the_training_stream_from_the_others(tmp_path):
+    side, file = torch.cuda.Stream(CUDA), tmp_path / "trace.json"
+    multiply()
+    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=both) as profiler:
+        with torch.profiler.record_function("forward q"):
+            multiply()
+        with torch.cuda.stream(side):
+            multiply()
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(file))
+    trace = Trace.read(file)
+    training = trace.training_stream(INTERVALS)
+    assert training is not None
+    found = beside(trace, training)
+    assert found[OTHER].milliseconds > 0
+    assert 0 <= found[OTHER].hidden <= 1
+
+
+@pytest.fixture
+def result_of(tmp_path, capsys):
+    """Run a benchmark's short form on the photos; gives its result back, read from the file."""
+
+    def call(flags, measure, draw, *argv):
+        photos = str(HERE.parent / "photos")
+        code = run(flags, measure, draw, ["--quick", "--data", photos, "--out", str(tmp_path), *argv])
+        assert code == 0, capsys.readouterr().err
+        (file,) = tmp_path.glob("*.json")
+        result = results.read(file)
+        assert all(isfinite(value) for m in result.measurements for value in m.values)
+        return result
+
+    return call
+
+
+def test_an_ablation_tells_device_time_of_both_back_ends(result_of):
+    flags = ["--batch-size", "8", "--image-size", "64"]
+    result = result_of(ablation.Ablation, ablation.measure_ablation, ablation.draw, *flags)
+    for augment in ("dali", "fused"):
+        whole = result.find(f"both views, {augment}", "all on", "device-ms/image")
+        assert min(whole.values) > 0
+        assert result.find(f"both views, {augment}: costs", "jitter", "% of a step").values
+
+
+def test_a_step_tells_what_runs_beside_it(result_of):
+    flags = ["--preset", "demo", "--batch-size", "8", "--compile", "off", "--steps", "3"]
+    result = result_of(step.Step, step.measure_step, step.draw, *flags)
+    beside_it = {m.name for m in result.of(step.BESIDE)}
+    assert beside_it & {"decode", "augmentation", OTHER}
+    for turn in range(3):
+        shares = [m.values[turn] for m in result.of(step.SHARES) if m.quantity == "% of step"]
+        assert sum(shares) == pytest.approx(100)
+
+
+def test_variants_reach_the_trainers_step(result_of):
+    flags = ["--presets", "demo", "--batch-size", "8", "--image-size", "64"]
+    result = result_of(variants.Variants, variants.measure_variants, variants.draw, *flags)
+    rates = [m.name for m in result.of("vit_conv_small") if m.quantity == "images/s"]
+    assert rates[0] == variants.REFERENCE
+    assert rates[-1] == variants.OURS
+    memory = [m.values[0] for m in result.of("vit_conv_small") if m.quantity == "peak memory, GB"]
+    assert len(memory) == len(rates)
+    assert min(memory) > 0
