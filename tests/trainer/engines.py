@@ -13,7 +13,7 @@ from trainer.engine import Engine, build_model
 from .conftest import TINY
 
 
-def engine_for(tree, *flags, device="cpu"):
+def engine_for(tree, *flags):
     """An engine on `tree` with the flags of the tiny run, a plain ViT instead of its conv stem, and `flags`."""
     arch = [] if "--arch" in flags else ["--arch", "vit_small"]
     argv = [*TINY, "--data", str(tree), "--out", "unused", "--amp", "off", "--compile", "off", *arch, *map(str, flags)]
@@ -21,7 +21,8 @@ def engine_for(tree, *flags, device="cpu"):
     world = World()
     if dist.is_initialized():
         world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torchrun=True)
-    return Engine(config, world, torch.device(device), DatasetIndex.scan(Path(tree)), build_model(config), threads=1)
+    device = torch.device("cuda", 0) if config.run.device == "cuda" else torch.device("cpu")
+    return Engine(config, world, device, DatasetIndex.scan(Path(tree)), build_model(config), threads=1)
 
 
 def views_for(engine, seed):
