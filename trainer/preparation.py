@@ -21,11 +21,12 @@ from trainer.distributed import World, choose_device
 from trainer.engine import build_model, recipe
 from trainer.metrics import Display
 from trainer.microbatch import check_microbatch
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, write_atomically
 from trainer.signals import Stopped
 from trainer.status import write_status
 
 TRAIN_INDEX, VAL_INDEX = "train_index.npz", "val_index.npz"
+SET_ASIDE = "set_aside.txt"
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -104,6 +105,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     (config.run.out / VAL_INDEX).unlink(missing_ok=True)
     if val is not None:
         val.save(config.run.out / VAL_INDEX)
+    _report([*index.rejected, *(val.rejected if val is not None else [])], config.run.out / SET_ASIDE, display)
     folder.sweep()
     return Start(config, file, state, gone, folder)
 
@@ -198,3 +200,11 @@ def _scan(tree: Path, display: Display) -> DatasetIndex:
         path, reason = index.rejected[0]
         display.say(f"{tree}: {len(index.rejected)} files set aside, first {path}: {reason}")
     return index
+
+
+def _report(rejected: list[tuple[str, str]], file: Path, display: Display) -> None:
+    """Every file that no image is read from, with the reason, a line each."""
+    lines = "".join(f"{path}: {reason}\n" for path, reason in rejected)
+    write_atomically(file, os.fsencode(lines))
+    if len(rejected) > 1:
+        display.say(f"all that was set aside, with the reasons: {file}")
