@@ -31,6 +31,8 @@ class Data:
     """Lower bound of the crop's share of the image area, both views."""
     workers: Annotated[int | None, Alias(aliases=["-j"])] = None
     """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
+    outside: bool = False
+    """Let a list file name images outside of its own folder."""
     max_failed: int | None = None
     """Images that may go bad during the run, others standing in, before it stops (default: 0.1 %, at least 10)."""
 
@@ -209,6 +211,7 @@ FREE = frozenset(
     (
         "data",
         "workers",
+        "outside",
         "max_failed",
         "out",
         "resume",
