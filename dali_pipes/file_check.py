@@ -10,7 +10,7 @@ Level = Literal["header", "full"]
 
 # what DALI decodes, by Pillow's name of the type; MPO is a camera's JPEG with a second picture behind it
 _TYPES = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
-_MOST_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a gigabyte as RGB
+MOST_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a gigabyte as RGB
 _TAIL = 4096  # bytes in which a JPEG's end marker is looked for; what cameras append is usually less
 
 
@@ -35,8 +35,8 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
                 width, height = image.size
                 if image.format not in _TYPES:
                     return FileCheck(reason=f"{image.format} is not a type that the decoder reads")
-                if width * height > _MOST_PIXELS:
-                    return FileCheck(reason=f"{width} x {height} is over the limit of {_MOST_PIXELS} pixels")
+                if width * height > MOST_PIXELS:
+                    return FileCheck(reason=f"{width} x {height} is over the limit of {MOST_PIXELS} pixels")
                 if level == "full" or not _ends(file, size, image.format):
                     image.load()
     except Image.UnidentifiedImageError:

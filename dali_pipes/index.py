@@ -1,6 +1,7 @@
 """The dataset as a table: every image file once, with its label and size; what cannot be read is set aside."""
 
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -8,14 +9,15 @@ import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_pipes.file_check import Level, check_file
-from dali_pipes.listing import DatasetError, Listing, listing
+from dali_pipes.file_check import MOST_PIXELS, Level, check_file
+from dali_pipes.listing import DatasetError, Listing, leaves, listing
 from dali_pipes.scan_cache import Looks, ScanCache, default_file, joined, split, stamp
 
 Pathlike = str | os.PathLike[str]
@@ -69,6 +71,7 @@ class DatasetIndex:
         level: Level = "header",
         progress: Callable[[int, int], None] | None = None,
         cache: Pathlike | None = None,
+        outside: bool = False,
     ) -> "DatasetIndex":
         """Looks at every image file below `tree`: classes and rows in torchvision's ImageFolder order.
 
@@ -81,11 +84,12 @@ class DatasetIndex:
                 all; and once at the end.
             cache: file of what earlier scans of this tree found, good ones and rejected: a file of the same size and
                 modification time is not opened again. Default: the user's own, under $XDG_CACHE_HOME or ~/.cache.
+            outside: a list may name files outside of its folder.
 
         Raises:
             DatasetError: no such folder or list, no image in it that can be read, or a line of the list is wrong.
         """
-        found = listing(Path(tree))
+        found = listing(Path(tree), outside)
         remembered = ScanCache(Path(cache) if cache is not None else default_file(Path(tree), level), level)
         looks = _looked_at(found, level, progress, remembered)
         rejected = [(os.path.join(found.root, found.names[row]), reason) for row, reason in looks.reasons.items()]
@@ -127,9 +131,14 @@ class DatasetIndex:
 
     def save(self, file: Pathlike) -> None:
         """Writes the index as an .npz file, in one move; paths are kept relative to the tree."""
-        text = {"tree": str(self.tree.absolute()), "classes": self.classes, "rejected": self.rejected}
+        text = {
+            "tree": str(self.tree.absolute()),
+            "classes": self.classes,
+            "rejected": self.rejected,
+            "outside": any(map(leaves, self.names)),
+        }
         partly = f"{os.fspath(file)}.{os.getpid()}.part"
-        with open(partly, "wb") as out:
+        with open(partly, "wb", opener=partial(os.open, mode=0o600)) as out:
             np.savez(
                 out,
                 names=np.frombuffer(joined(self.names), np.uint8),
@@ -144,27 +153,65 @@ class DatasetIndex:
     def load(cls, file: Pathlike, tree: Pathlike | None = None) -> "DatasetIndex":
         """Reads what `save` wrote; `tree` is where the images are now, if they were moved.
 
+        Nothing in the file is executed, and it takes no more memory than it has bytes on disk, whatever it claims.
+
         Raises:
             DatasetError: the file is missing or is no index.
         """
         try:
-            with np.load(file, allow_pickle=False) as columns:
-                text = json.loads(columns["text"].tobytes())
-                return cls(
+            with zipfile.ZipFile(file) as archive:
+                text = json.loads(_column(archive, "text", np.uint8).tobytes())
+                index = cls(
                     tree=Path(text["tree"] if tree is None else tree),
-                    names=split(columns["names"]),
-                    labels=columns["labels"],
-                    widths=columns["widths"],
-                    heights=columns["heights"],
+                    names=split(_column(archive, "names", np.uint8)),
+                    labels=_column(archive, "labels", np.int64),
+                    widths=_column(archive, "widths", np.int32),
+                    heights=_column(archive, "heights", np.int32),
                     classes=tuple(text["classes"]),
                     rejected=[(path, reason) for path, reason in text["rejected"]],
                 )
+                _check(index, bool(text["outside"]))
         except FileNotFoundError:
             raise DatasetError(
                 f"{os.fspath(file)}: no such index; make it with DatasetIndex.scan(tree).save(file)"
             ) from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DatasetError(f"{os.fspath(file)} is not a dataset index; scan the images again ({error})") from None
+        except Exception as error:  # whatever bytes are in the file: zipfile, NumPy and JSON raise many types
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise DatasetError(
+                f"{os.fspath(file)} is not a dataset index; scan the images again ({reason[:120]})"
+            ) from None
+        return index
+
+
+def _column(archive: zipfile.ZipFile, name: str, dtype: type[np.generic]) -> NDArray[Any]:
+    """One array of the file. NumPy's own reader allocates what the header claims before it reads."""
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise ValueError(f"{name} is compressed")
+    with archive.open(entry) as member:
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError(f"{name} is an array of another version")
+        shape, _, found = np.lib.format.read_array_header_1_0(member)
+        content = member.read()
+    if found != np.dtype(dtype) or shape != (len(content) // found.itemsize,) or len(content) % found.itemsize:
+        raise ValueError(f"{name} has type {found}, shape {shape} and {len(content)} bytes")
+    return np.frombuffer(content, dtype)
+
+
+def _check(index: DatasetIndex, outside: bool) -> None:
+    """Raise `ValueError` if rows do not belong together, or name what no scan could have found."""
+    rows = {len(index.names), len(index.labels), len(index.widths), len(index.heights)}
+    if len(rows) != 1:
+        raise ValueError(f"columns of {' and '.join(map(str, sorted(rows)))} rows")
+    if not all(index.names) or (not outside and any(map(leaves, index.names))):
+        raise ValueError("a path leaves the tree, or is empty")
+    if not all(isinstance(word, str) for word in (*index.classes, *itertools.chain(*index.rejected))):
+        raise ValueError("a class, path or reason is no text")
+    if index.labels.min() < 0 or index.labels.max() >= max(1, len(index.classes)):
+        raise ValueError("a label is of no class")
+    pixels = index.widths.astype(np.int64) * index.heights
+    if min(index.widths.min(), index.heights.min()) < 1 or pixels.max() > MOST_PIXELS:
+        raise ValueError("an image has no size that can be")
 
 
 def _looked_at(found: Listing, level: Level, progress: Callable[[int, int], None] | None, cache: ScanCache) -> Looks:

@@ -24,15 +24,22 @@ class Listing:
     labels: list[int]
 
 
-def listing(path: Path) -> Listing:
+def leaves(name: str) -> bool:
+    """Whether a name relative to a folder is of something outside of it."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+
+
+def listing(path: Path, outside: bool = False) -> Listing:
     """The files of a folder, in the order of torchvision's ImageFolder, or of a list file, in its own order.
+
+    `outside`: the list may name files outside of its folder.
 
     Raises:
         DatasetError: there is nothing there, no image in it, or a line of the list cannot be used.
     """
     if not path.exists():
         raise DatasetError(f"{path}: no such folder")
-    found = _tree(path) if path.is_dir() else _list(path)
+    found = _tree(path) if path.is_dir() else _list(path, outside)
     if not found.names:
         raise DatasetError(f"{path}: no images in it" + (f" (looked for {', '.join(_EXTENSIONS)})" * path.is_dir()))
     return found
@@ -54,7 +61,7 @@ def _images(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name.lower().endswith(_EXTENSIONS))
 
 
-def _list(file: Path) -> Listing:
+def _list(file: Path, outside: bool) -> Listing:
     """Lines of `path` or `path label`; a last word that is a whole number is the label, so paths may hold blanks."""
     with open(file, "rb") as stream:
         if b"\0" in stream.read(4096):
@@ -67,6 +74,11 @@ def _list(file: Path) -> Listing:
             if not line.strip():
                 continue
             name, label = _entry(line.strip(), f"{file}, line {number}")
+            if leaves(name) and not outside:
+                raise DatasetError(
+                    f"{file}, line {number}: {name} is outside of the list's folder; name images below it, relative to "
+                    "it, or allow it with --outside"
+                )
             if name in names:
                 raise DatasetError(f"{file}, line {number}: {name} was listed before; name each image once")
             names[name] = label or 0
@@ -81,8 +93,6 @@ def _entry(line: str, place: str) -> tuple[str, int | None]:
     path, _, last = line.rpartition(" ") if " " in line else line.rpartition("\t")
     label = int(last) if path and last.isdecimal() else None
     name = os.path.normpath(line if label is None else path.rstrip())
-    if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-        raise DatasetError(f"{place}: {name} is outside of the list's folder; name images below it, relative to it")
     if label is not None and label >= _MOST_LABELS:
         raise DatasetError(f"{place}: label {label} is not below {_MOST_LABELS}; number the classes from 0")
     return name, label

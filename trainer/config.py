@@ -36,6 +36,8 @@ class Data:
     auto: as the run began; a new one: fused, dali without CUDA or a C compiler."""
     jpeg_engine: Literal["on", "off"] = "on"
     """On CUDA, decode JPEGs by the GPU's hardware engine where it has one; its pixels may differ from the others'."""
+    outside: bool = False
+    """Let a list file name images outside of its own folder."""
     max_failed: int | None = None
     """Images that may go bad during the run, others standing in, before it stops (default: 0.1 %, at least 10)."""
 
@@ -239,6 +241,7 @@ FREE = frozenset(
         "data",
         "workers",
         "augment",
+        "outside",
         "max_failed",
         "out",
         "resume",

@@ -16,6 +16,7 @@ from trainer.metrics import METRICS, Display, read_metrics
 from trainer.run_folder import write_atomically
 
 SUMMARY = "summary.json"
+_NUMBERS = ("steps", "loss_first", "loss_last", "knn_before", "knn_after", "images_per_second", "data_wait")
 
 
 def judgeable(
@@ -102,9 +103,12 @@ def _accuracy(engine: Engine, bank: DatasetIndex, queries: DatasetIndex, threads
 def read_summary(out: Path) -> dict[str, Any] | None:
     """`summary.json` of a run that ended; None if there is none, or a damaged one."""
     try:
-        return json.loads((out / SUMMARY).read_text())
-    except (FileNotFoundError, ValueError):
+        summary = json.loads((out / SUMMARY).read_bytes())
+        numbers = [summary[name] for name in _NUMBERS]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, IndexError):
         return None
+    whole = isinstance(summary["steps"], int) and all(isinstance(number, int | float | None) for number in numbers)
+    return summary if whole else None
 
 
 def write_summary(engine: Engine, out: Path, knn_after: float | None) -> dict[str, Any]:

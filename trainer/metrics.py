@@ -81,7 +81,8 @@ class MetricsLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._unwritten = b""
         except OSError as error:
-            self._rows.truncate(whole)  # not half a row
+            with suppress(OSError):
+                self._rows.truncate(whole)  # not half a row
             if not held_back:
                 self._warn(f"{self.file} cannot be written: {error.strerror}; training goes on, its rows follow later")
         self._draw(row)

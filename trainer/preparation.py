@@ -75,7 +75,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     config = resolve(config, device, display.say, recorded["flags"] if recorded else {})
 
     tree, val_tree = _trees(config.data.data)
-    index = _scan(tree, display)
+    index = _scan(tree, display, config.data.outside)
     origin = config.run.out if recorded is not None else config.run.resume and config.run.resume.parent
     index, gone = _as_started(index, origin, config.data.max_failed, display) if origin else (index, [])
     val = _scan_val(val_tree, display) if val_tree is not None and config.run.knn else None
@@ -193,9 +193,9 @@ def _scan_val(tree: Path, display: Display) -> DatasetIndex | None:
         return None
 
 
-def _scan(tree: Path, display: Display) -> DatasetIndex:
+def _scan(tree: Path, display: Display, outside: bool = False) -> DatasetIndex:
     with display.counting(f"looking at the images in {tree}") as progress:
-        index = DatasetIndex.scan(tree, progress=progress)
+        index = DatasetIndex.scan(tree, progress=progress, outside=outside)
     if index.rejected:
         path, reason = index.rejected[0]
         display.say(f"{tree}: {len(index.rejected)} files set aside, first {path}: {reason}")

@@ -1,3 +1,8 @@
+import struct
+import subprocess
+import sys
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,6 +114,68 @@ def test_a_wrong_line_is_named(tree, lines, message):
     (tree / "list.txt").write_text(lines)
     with pytest.raises(DatasetError, match=message):
         DatasetIndex.scan(tree / "list.txt")
+
+
+def test_a_list_may_leave_its_folder_if_asked(tree):
+    (tree / "a" / "list.txt").write_text(f"../b/2.jpg\n{tree}/b/10.jpg\n")
+    with pytest.raises(DatasetError, match=r"\.\./b/2\.jpg is outside of the list's folder.*--outside"):
+        DatasetIndex.scan(tree / "a" / "list.txt")
+    index = DatasetIndex.scan(tree / "a" / "list.txt", outside=True)
+    assert [Image.open(path).size for path in index.paths] == [(40, 50), (41, 50)]
+    index.save(tree / "index.npz")
+    assert DatasetIndex.load(tree / "index.npz").paths == index.paths
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"])
+def test_a_claimed_size_takes_no_memory(kind, tmp_path):
+    """A header of the largest size that its type can claim, scanned by a process that may hardly grow."""
+    (tmp_path / "bomb").mkdir()
+    (tmp_path / "bomb" / "large.img.png").write_bytes(bomb(kind))
+    code = """
+import resource, sys
+from dali_pipes import DatasetError, DatasetIndex
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    DatasetIndex.scan(sys.argv[1], level="full")
+except DatasetError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "bomb"], capture_output=True, text=True, check=True)
+    message, grown = done.stdout.splitlines()
+    assert "none of 1 images can be read" in message
+    assert int(grown) < 64  # MiB; the picture would take 200 and more
+
+
+def bomb(kind):
+    """A small picture whose header claims 65,000 x 65,000 pixels, or what the type can at most."""
+    content = bytearray(encoded(picture(0, 64, 48), kind))
+    if kind == "PNG":
+        content[16:24] = struct.pack(">II", 65_000, 65_000)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    elif kind == "JPEG":
+        at = content.index(b"\xff\xc0")
+        content[at + 5 : at + 9] = struct.pack(">HH", 65_000, 65_000)
+    elif kind == "BMP":
+        content[18:26] = struct.pack("<ii", 65_000, 65_000)
+    elif kind == "PPM":
+        content = content.replace(b"64 48", b"65000 65000", 1)
+    elif kind == "WEBP":
+        at = content.index(b"VP8 ")
+        frame = content[at:]
+        frame[14:18] = struct.pack("<HH", 16_383, 16_383)
+        content = bytearray(b"RIFF" + struct.pack("<I", 4 + len(frame)) + b"WEBP" + frame)
+    elif kind == "TIFF":
+        (count,) = struct.unpack_from("<H", content, start := struct.unpack_from("<I", content, 4)[0])
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            if struct.unpack_from("<H", content, entry)[0] in (256, 257):
+                struct.pack_into("<HHII", content, entry, struct.unpack_from("<H", content, entry)[0], 4, 1, 65_000)
+    else:
+        at = content.index(b"ihdr")
+        content[at + 4 : at + 12] = struct.pack(">II", 65_000, 65_000)
+        at = content.index(b"\xff\x51")
+        content[at + 6 : at + 14] = struct.pack(">II", 65_000, 65_000)
+    return bytes(content)
 
 
 def test_progress_counts_up_to_all_files(photos, tree):

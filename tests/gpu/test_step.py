@@ -89,18 +89,7 @@ def test_a_bad_step_changes_nothing(flags, sample):
 def test_deterministic_runs_are_equal_bit_for_bit(arch, sample, tmp_path):
     flags = [*DEMO, "--device", "cuda", "--data", str(sample), "--no-knn", "--deterministic", "--max-steps", "5"]
     if arch == "resnet18":
-        flags += [
-            "--arch",
-            arch,
-            "--embed-dim",
-            "None",
-            "--depth",
-            "None",
-            "--num-heads",
-            "None",
-            "--optimizer",
-            "lars",
-        ]
+        flags += f"--arch {arch} --embed-dim None --depth None --num-heads None --optimizer lars".split()
     states = []
     try:
         for out in (tmp_path / "first", tmp_path / "second"):
@@ -120,9 +109,9 @@ def test_attention_takes_a_fused_kernel(heads, sample):
     flags = ["--embed-dim", 64, "--num-heads", heads, "--amp", "bf16"]
     engine = engine_for(sample / "train", "--device", "cuda", *flags)
     view = views_for(engine, 0)[0]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        with autocast(engine.config, engine.device):
-            engine.model.encode_view(view).sum().backward()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as profiler, autocast(engine.config, engine.device):
+        engine.model.encode_view(view).sum().backward()
     engine.loader.close()
     called = {event.key for event in profiler.key_averages()}
     fused = ("flash", "cudnn", "efficient")

@@ -81,7 +81,7 @@ def test_rows_after_the_checkpoint_are_cut_off_when_a_run_goes_on(train, losses,
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_and_the_same_command_give_the_undisturbed_trace(ranks, start, sample, tmp_path):
     # 60 epochs, so that the signal comes while it trains.
-    flags = ["--data", sample, "--no-knn", "--epochs", 60, "--max-steps", 60]
+    flags = ["--data", sample, "--no-knn", "--epochs", 60, "--max-steps", 40]
     whole = start(*flags, "--out", tmp_path / "whole", ranks=ranks)
     assert whole.wait(300) == 0, whole.communicate()[1]
 
@@ -93,9 +93,10 @@ def test_ctrl_c_and_the_same_command_give_the_undisturbed_trace(ranks, start, sa
         assert first.returncode == 0, errors
         assert "Traceback" not in errors
         assert "stopped at step" in printed
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "preempted"
     file, _ = checkpoint.newest(tmp_path / "run")
     assert file is not None
-    assert 0 < checkpoint.load(file)["step"] < 60
+    assert 0 < checkpoint.load(file)["step"] < 40
 
     again = start(*flags, "--out", tmp_path / "run", ranks=ranks)
     assert again.wait(300) == 0, again.communicate()[1]
@@ -112,6 +113,18 @@ def test_two_ranks_give_the_losses_of_one_process(optimizer, train, start, losse
     assert list(losses("two")) == [1, 2, 3, 4]
     assert list(losses("two").values()) == pytest.approx(list(losses("one").values()), abs=1e-9, rel=0)
     assert losses("one")[4] != losses("one")[1]
+
+
+def test_one_rank_then_two_then_one_give_the_trace_of_one(train, start, losses, sample, tmp_path):
+    flags = ["--dtype", "float64", "--no-knn", "--warmup-epochs", 0]
+    assert train(*flags, out="whole") == 0
+    assert train(*flags, "--max-steps", 2) == 0
+    two = start(*flags, "--max-steps", 7, "--data", sample, "--out", tmp_path / "run", ranks=2)
+    assert two.wait(300) == 0, two.communicate()[1]
+    assert "step 2 of 7" in two.communicate()[0]
+    assert train(*flags) == 0
+    assert list(losses()) == list(range(1, 10))
+    assert list(losses().values()) == pytest.approx(list(losses("whole").values()), abs=1e-9, rel=0)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -1,0 +1,95 @@
+"""The first signal is a request, the second an order; the scheduler reads in status.json what became of the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.trainer.conftest import ROOT, wait_for_row
+from trainer import launch
+from trainer.loop import TrainingError
+
+# Waits inside C code, as in a collective whose peer is gone: Python's own handlers do not run there.
+STUCK = """
+import ctypes, sys
+from trainer.signals import StopSignals
+StopSignals.SAME_SIGNAL_SECONDS = 0.5
+signals = StopSignals()
+with signals.patiently():
+    print("ready", flush=True)
+    lock = ctypes.CDLL(None).sem_wait
+    semaphore = ctypes.create_string_buffer(64)
+    ctypes.CDLL(None).sem_init(semaphore, 0, 0)
+    while lock(semaphore):
+        pass
+"""
+
+
+def test_a_second_signal_ends_at_once_also_inside_a_collective():
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # the same one again, as torchrun and a terminal send it
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 128 + signal.SIGINT
+    process.stdout.close()
+
+
+def status(out):
+    return json.loads((out / "status.json").read_text())
+
+
+def test_what_became_of_a_run_stands_in_its_folder(train, tmp_path, monkeypatch, capsys):
+    assert train("--no-knn", "--max-steps", 2) == 0
+    assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["step"]) == ("finished", 2)
+
+    seen = []
+    fit = launch.fit
+
+    def failing(engine, *rest):
+        seen.append(status(tmp_path / "run")["status"])
+        fit(engine, *rest)
+        raise TrainingError("loss is nan")
+
+    monkeypatch.setattr(launch, "fit", failing)
+    assert train("--no-knn", "--max-steps", 4) == 1
+    assert seen == ["running"]
+    found = status(tmp_path / "run")
+    assert (found["status"], found["step"], found["reason"]) == ("failed", 4, "loss is nan")
+
+
+@pytest.mark.parametrize("moment", ["_scan", "judge"])
+def test_sigterm_where_there_is_no_step_to_finish(moment, train, tmp_path, monkeypatch, capsys):
+    where = launch if moment == "judge" else sys.modules["trainer.preparation"]
+
+    def taken_away(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, moment, taken_away)
+        assert train("--max-steps", 2) == 0
+    assert status(tmp_path / "run")["status"] == "preempted"
+    assert train("--max-steps", 2, "--no-knn") == 0
+    assert status(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_and_leaves_preempted(start, sample, tmp_path):
+    run = start("--data", sample, "--out", tmp_path / "run", "--no-knn", "--epochs", 500, ranks=2)
+    wait_for_row(tmp_path / "run" / "metrics.jsonl", run)
+    run.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    printed, _ = run.communicate(timeout=60)
+    assert time.monotonic() - asked < 25
+    found = status(tmp_path / "run")
+    assert found["status"] == "preempted"
+    assert f"stopped at step {found['step']} of" in printed
+    assert (tmp_path / "run" / "latest").read_text() == f"checkpoint_{found['step']:08d}.pt\n"
