@@ -1,4 +1,4 @@
-"""Training over a folder with one of each kind of file that datasets contain: all are named, and it goes through."""
+"""Training over a folder with one of each odd file that real datasets contain: all named, and the run goes through."""
 
 import math
 from pathlib import Path
