@@ -151,9 +151,7 @@ class Rows:
                 self.left_out.append(f"{name} left out: nothing is compiled here.")
                 continue
             if "bf16" in name and config.run.amp != "bf16":
-                self.left_out.append(
-                    f"{name} left out: this device has no bf16, and train_ddp.py uses {config.run.amp}."
-                )
+                self.left_out.append(f"{name} left out: --amp auto is {config.run.amp} on this device.")
                 continue
             try:
                 self._add_variant(name, ReferenceStep(config, device, changes))
