@@ -11,6 +11,7 @@ class Guard:
 
     Parameters and optimizer state are masked by the optimizer itself (`found_inf`). But the forward pass has by then
     moved the momentum encoder, and batch norm has written a NaN into running statistics, where it would stay for ever.
+    (In the reference a loss scale that overflows skips the optimizer only, and the momentum encoder moves on.)
     The price is a copy of the momentum encoder and the buffers, made and compared on the device at every step.
     """
 
