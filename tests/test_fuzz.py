@@ -73,7 +73,7 @@ def saved(tmp_path_factory):
     DatasetIndex(folder, ["a/1.jpg", "b/2.jpg", "b/3.jpg"], **columns, classes=("a", "b"), rejected=[]).save(
         folder / "index.npz"
     )
-    state = {name: {} for name in ("flags", "notes", "optimizer", "scaler", "loader")}
+    state: dict[str, dict[str, int]] = {name: {} for name in ("flags", "notes", "optimizer", "scaler", "loader")}
     weights = {"weight": torch.arange(6.0).view(2, 3)}
     checkpoint.save(folder, {"step": 1, "fingerprint": "0", "seconds": 0.0, **state, "model": weights}, keep=0)
     return folder
@@ -164,7 +164,8 @@ def test_command_line_of_anything(cases, capsys):
     flags = st.lists(st.sampled_from(known) | values, max_size=6)
 
     def check(argv):
-        line, code = "", 2
+        line = ""
+        code: str | int | None = None
         try:
             parse(["demo", "--data", "images", "--out", "run", *argv]).check(world_size=2)
         except ConfigError as error:
@@ -172,7 +173,7 @@ def test_command_line_of_anything(cases, capsys):
         except SystemExit as end:
             code = end.code
         assert "\n" not in line
-        assert code == 2 or {"-h", "--help"} & set(argv)
+        assert code in (None, 2) or {"-h", "--help"} & set(argv)
         capsys.readouterr()
 
-    fuzz(cases, flags, check)
+    fuzz(cases // 4, flags, check)  # tyro builds its parser anew for each
