@@ -164,8 +164,8 @@ def test_command_line_of_anything(cases, capsys):
     flags = st.lists(st.sampled_from(known) | values, max_size=6)
 
     def check(argv):
-        line: str = ""
-        code: object = 2
+        line = ""
+        code: str | int | None = None
         try:
             parse(["demo", "--data", "images", "--out", "run", *argv]).check(world_size=2)
         except ConfigError as error:
@@ -173,7 +173,7 @@ def test_command_line_of_anything(cases, capsys):
         except SystemExit as end:
             code = end.code
         assert "\n" not in line
-        assert code == 2 or {"-h", "--help"} & set(argv)
+        assert code in (None, 2) or {"-h", "--help"} & set(argv)
         capsys.readouterr()
 
-    fuzz(cases, flags, check)
+    fuzz(cases // 4, flags, check)  # tyro builds its parser anew for each
