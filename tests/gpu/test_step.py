@@ -120,9 +120,9 @@ def test_attention_takes_a_fused_kernel(heads, sample):
     flags = ["--embed-dim", 64, "--num-heads", heads, "--amp", "bf16"]
     engine = engine_for(sample / "train", "--device", "cuda", *flags)
     view = views_for(engine, 0)[0]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        with autocast(engine.config, engine.device):
-            engine.model.encode_view(view).sum().backward()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as profiler, autocast(engine.config, engine.device):
+        engine.model.encode_view(view).sum().backward()
     engine.loader.close()
     called = {event.key for event in profiler.key_averages()}
     fused = ("flash", "cudnn", "efficient")
