@@ -204,6 +204,9 @@ def _scan(tree: Path, display: Display, outside: bool = False) -> DatasetIndex:
 
 def _report(rejected: list[tuple[str, str]], file: Path, display: Display) -> None:
     """Every file that no image is read from, with the reason, a line each."""
+    if not rejected:
+        file.unlink(missing_ok=True)
+        return
     lines = "".join(f"{path}: {reason}\n" for path, reason in rejected)
     write_atomically(file, os.fsencode(lines))
     if len(rejected) > 1:
