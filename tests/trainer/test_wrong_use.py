@@ -134,17 +134,17 @@ def test_resume_of_a_missing_or_another_runs_checkpoint(train, refused, tmp_path
 
 
 def test_out_of_memory_says_which_batch_would_fit(train, monkeypatch, capsys):
-    queries = MoCoV3.queries
+    encode = MoCoV3.encode
 
     def limited(self, x1, x2):
         if len(x1) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return queries(self, x1, x2)
+        return encode(self, x1, x2)
 
-    monkeypatch.setattr(MoCoV3, "queries", limited)
+    monkeypatch.setattr(MoCoV3, "encode", limited)
     assert train("--no-knn") == 2
     errors = capsys.readouterr().err.strip().splitlines()
-    assert errors == ["train_ddp.py: error: --batch-size 16: cpu is out of memory; a step of --batch-size 4 fits"]
+    assert errors == ["train_ddp.py: error: --batch-size 16: cpu is out of memory; a step fits with --batch-size 4"]
 
     # Nothing was learned there yet, so the mend can be followed as it stands.
     assert train("--no-knn", "--batch-size", 4, "--max-steps", 1) == 0
