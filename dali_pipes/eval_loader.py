@@ -56,6 +56,7 @@ class EvalLoader:
         device: str | torch.device = "cpu",
         seed: int = 0,
         num_threads: int = 4,
+        jpeg_engine: bool = True,
     ) -> None:
         check_arguments(batch_size, rank, world_size, num_threads)
         if crop < 1 or (not train and crop > resize):
@@ -67,7 +68,7 @@ class EvalLoader:
         self._index = index
         device = available(device)
         self._plan = EvalPlan(index, resize, crop, train, seed, batch_size, rank, world_size)
-        self._stream = Stream(self._plan, device, Decoder.of(index, device), "float32", num_threads)
+        self._stream = Stream(self._plan, device, Decoder.of(index, device, jpeg_engine), "float32", num_threads)
         self._epoch = 0
 
     def __len__(self) -> int:

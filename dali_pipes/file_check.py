@@ -31,6 +31,8 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 return FileCheck(reason="empty file")
+            jpeg = file.read(2) == b"\xff\xd8"
+            file.seek(0)
             with Image.open(file) as image:
                 width, height = image.size
                 if image.format not in _TYPES:
@@ -40,18 +42,13 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
                 if level == "full" or not _ends(file, size, image.format):
                     image.load()
     except Image.UnidentifiedImageError:
-        return FileCheck(reason=_unidentified(path))
+        kind = "a JPEG that is damaged or of an unsupported kind, such as 12-bit" if jpeg else "not an image"
+        return FileCheck(reason=kind)
     except Image.DecompressionBombError as error:
         return FileCheck(reason=str(error))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
         return FileCheck(reason=str(error) or type(error).__name__, passing=getattr(error, "errno", None) is not None)
     return FileCheck(width, height)
-
-
-def _unidentified(path: str) -> str:
-    with open(path, "rb") as file:
-        jpeg = file.read(2) == b"\xff\xd8"
-    return "a JPEG that is damaged or of an unsupported kind, such as 12-bit" if jpeg else "not an image"
 
 
 def _ends(file: BinaryIO, size: int, kind: str) -> bool:

@@ -189,6 +189,7 @@ class ViewLoader:
 
     def _take(self) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
         """The batch at the position. A failure costs a new pipeline and a look at the files, and is rare."""
+        retried = False
         while True:
             try:
                 return self._stream.take(self._position)
@@ -196,7 +197,14 @@ class ViewLoader:
                 rows, failure = broken.rows, str(broken)
             # Out here, where an error drags neither DALI's traceback nor the broken pipeline along. What was failed
             # before may be among the rows that were read ahead; it is no news, and explains the failure.
-            for row, reason in gone_bad(self._index, rows, failure).items():
+            try:
+                bad = gone_bad(self._index, rows, failure)
+            except DatasetError:
+                if retried:
+                    raise
+                retried = True  # the disk may have stumbled: once more, before it counts as DALI's own trouble
+                continue
+            for row, reason in bad.items():
                 if row not in self._plan.failed:
                     self._on_failed(f"{reason}; it went bad since the scan, and another image takes its place")
                     self._fail({row}, f"the last is {reason}")

@@ -25,15 +25,14 @@ class Labelled(Protocol):
 
 @torch.no_grad()
 def extract(features: Callable[[Tensor], Tensor], batches: Iterable[Labelled]) -> tuple[Tensor, Tensor]:
-    """Normalised features of a whole dataset, gathered from all ranks.
+    """Normalised features of this rank's share of a dataset.
 
     Args:
         features: maps images (N, 3, H, W) to features (N, F).
-        batches: this rank's share of the dataset; shares are disjoint and may differ in length.
+        batches: the share; those of the ranks are disjoint and may differ in length.
 
     Returns:
-        Features (M, F) float32 of unit length and labels int64 (M,), in the order of the dataset's indices, on the
-        device of the images; the same on every rank.
+        Features (S, F) float32 of unit length, and index and label of each, int64 (S, 2), on the device of the images.
     """
     rows: list[Tensor] = []
     keys: list[Tensor] = []
@@ -41,7 +40,15 @@ def extract(features: Callable[[Tensor], Tensor], batches: Iterable[Labelled]) -
         found = F.normalize(features(batch.images).float(), dim=1)
         rows.append(found)
         keys.append(torch.stack([batch.indices.to(found.device), batch.labels.to(found.device)], dim=1))
-    values, table = _gather(torch.cat(rows)), _gather(torch.cat(keys))
+    return torch.cat(rows), torch.cat(keys)
+
+
+def gather(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """What `extract` gave on all ranks: features (M, F) and labels int64 (M,) of the whole dataset.
+
+    They are in the order of the dataset's indices and the same on every rank; every rank must call it.
+    """
+    values, table = _gather(values), _gather(table)
     order = table[:, 0].argsort()
     return values[order], table[order, 1]
 

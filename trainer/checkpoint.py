@@ -35,6 +35,10 @@ _CONTENT: dict[str, type | tuple[type, ...]] = {
 }
 
 
+class UnreadableNow(ConfigError):
+    """The disk or the memory is in the way, not what is in the file."""
+
+
 def versions() -> dict[str, str]:
     """What computes: of two runs that differ here the losses may differ in their last digits."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -89,6 +93,8 @@ def newest_state(folder: Path) -> tuple[Path | None, dict[str, Any] | None, list
     for file in _newest_first(folder):
         try:
             return file, load(file), warnings
+        except UnreadableNow:  # it may be whole, and going on from an older one would end in its removal
+            raise
         except ConfigError as error:
             warnings.append(str(error))
     if warnings:
@@ -110,6 +116,8 @@ def load(file: Path) -> dict[str, Any]:
         raise
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {file} is not there") from None
+    except (OSError, MemoryError) as error:
+        raise UnreadableNow(f"checkpoint {file} cannot be read now: {error or 'out of memory'}; try again") from None
     except Exception as error:  # whatever bytes are in the file: torch raises many types for what it cannot read
         raise ConfigError(f"checkpoint {file} cannot be read: {_reason(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dali_pipes import DatasetIndex, EvalLoader
+from dali_pipes import DatasetError, DatasetIndex, EvalLoader
 from evaluation import knn
-from trainer.distributed import World
+from trainer.distributed import World, gathered
 
 RESIZE, CROP = 256, 224  # the reference's; other image sizes keep the proportion
 
@@ -23,6 +23,7 @@ class EvalReader:
     world: World
     device: torch.device
     threads: int  # of DALI
+    jpeg_engine: bool = True
 
     def loader(self, index: DatasetIndex, batch_size: int, **options: Any) -> "closing[EvalLoader]":
         """This rank's share of a tree, to be closed behind a `with`; options: of EvalLoader, for training."""
@@ -36,6 +37,7 @@ class EvalReader:
                 world_size=self.world.size,
                 device=str(self.device),
                 num_threads=self.threads,
+                jpeg_engine=self.jpeg_engine,
                 **options,
             )
         )
@@ -51,9 +53,18 @@ class EvalReader:
         """k-NN accuracy (0 to 1) on `queries` of features (N, 3, S, S) to (N, F); vote: see `evaluation.knn.accuracy`.
 
         The same on every rank, and every rank must call it.
+
+        Raises:
+            DatasetError, torch.OutOfMemoryError: on all ranks, if one of them met it.
         """
-        parts: list[tuple[Tensor, Tensor]] = []
-        for index in (bank, queries):
-            with self.loader(index, batch_size) as batches:
-                parts.append(knn.extract(features, batches))
-        return knn.accuracy(*parts[0], *parts[1], **vote)
+        shares: list[tuple[Tensor, Tensor]] = []
+        trouble: Exception | None = None
+        try:
+            for index in (bank, queries):
+                with self.loader(index, batch_size) as batches:
+                    shares.append(knn.extract(features, batches))
+        except (DatasetError, torch.OutOfMemoryError) as error:
+            trouble = error
+        if any(gathered(trouble is not None)):  # a rank that gave up alone would leave the others waiting for its share
+            raise trouble or DatasetError("another rank could not make the features of its images")
+        return knn.accuracy(*knn.gather(*shares[0]), *knn.gather(*shares[1]), **vote)

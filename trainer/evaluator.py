@@ -31,7 +31,8 @@ class Evaluator:
     def __init__(self, command: Evaluation, run: TrainedRun, world: World, device: torch.device) -> None:
         self.run, self.world, self.device = run, world, device
         self.precision = PRECISIONS[command.amp]
-        self.reader = EvalReader(run.config.data.image_size, world, device, command.workers or world.default_threads())
+        data, threads = run.config.data, command.workers or world.default_threads()
+        self.reader = EvalReader(data.image_size, world, device, threads, data.jpeg_engine == "on")
         self.model: MoCoV3 = run.model.to(device, torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.eval().requires_grad_(False)
 

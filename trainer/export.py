@@ -81,12 +81,13 @@ def open_run(folder: Path, file: Path | None = None) -> TrainedRun:
     warnings: list[str] = []
     try:
         if file is None:
-            file, warnings = checkpoint.newest(folder)
+            file, state, warnings = checkpoint.newest_state(folder)
+        else:
+            state = checkpoint.load(file)
     except ConfigError as error:
         raise ConfigError(f"--run {folder}: {str(error).removesuffix('. Name another --out')}") from None
-    if file is None:
+    if file is None or state is None:
         raise ConfigError(f"--run {folder} has no checkpoint yet; train it first")
-    state = checkpoint.load(file)
     config = configuration.replace(Config(), **state["flags"])
     model = build_model(config, sync_bn=False).to(getattr(torch, config.run.dtype))
     model.load_state_dict(state["model"])

@@ -31,6 +31,10 @@ def lead(
         report(error)
     except SystemExit:
         pass
+    except BaseException:
+        if store is not None:
+            store.set(key, json.dumps(None))  # or the others would wait for ever
+        raise
     if store is not None:
         store.set(key, json.dumps(None if found is None else pack(found)))
     return found

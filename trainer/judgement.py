@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dali_pipes import DatasetIndex
+from dali_pipes import DatasetError, DatasetIndex
 from trainer.config import Config
 from trainer.engine import Engine, autocast
 from trainer.eval_reader import EvalReader
@@ -60,8 +60,8 @@ class Judge:
         """k-NN accuracy (0 to 1) of the base encoder's backbone as it stands; found once a step, then remembered.
 
         Training is not disturbed: no random number is drawn and no batch statistic moves. What is known to have gone
-        bad since the scan is left out of the bank. None without trees, and, saying so, if the memory is not enough: a
-        run is not lost for its judgement. Every rank must call it.
+        bad since the scan is left out of the bank. None without trees, and, saying so, if the memory is not enough or
+        an image went bad: a run is not lost for its judgement. Every rank must call it.
         """
         if self.trees is None:
             return None
@@ -83,13 +83,16 @@ class Judge:
         except torch.OutOfMemoryError:
             self.display.say("no k-NN accuracy: the features of the whole dataset do not fit into memory")
             return None
+        except DatasetError as error:
+            self.display.say(f"no k-NN accuracy: {error}")
+            return None
         finally:
             self.engine.model.train()
 
 
 def _accuracy(engine: Engine, bank: DatasetIndex, queries: DatasetIndex, threads: int) -> float:
     config, world = engine.config, engine.world
-    reader = EvalReader(config.data.image_size, world, engine.device, threads)
+    reader = EvalReader(config.data.image_size, world, engine.device, threads, config.data.jpeg_engine == "on")
 
     def features(images: torch.Tensor) -> torch.Tensor:
         with autocast(config, engine.device):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dali_pipes import DatasetError, DatasetIndex
 from trainer import checkpoint, handover, resume
 from trainer import config as configuration
-from trainer.config import Config, ConfigError
+from trainer.config import ConfigError
 from trainer.determinism import make_deterministic
 from trainer.distributed import Votes, World, choose_device, join
 from trainer.engine import Engine, build_model
@@ -40,15 +40,17 @@ def run(argv: Sequence[str]) -> int:
     """
     try:
         return _run(list(argv), World.from_environment())
-    except (ConfigError, DatasetError) as error:
+    except DatasetError as error:  # of one rank's own images
         return _report(error, 2)
-    except TrainingError as error:
+    except (ConfigError, TrainingError) as error:
+        code = 2 if isinstance(error, ConfigError) else 1
         if dist.is_initialized() and dist.get_rank():
             time.sleep(5)  # every rank has it, rank 0 says it, and torchrun ends all with the first that exits
-            return 1
-        return _report(error, 1)
+            return code
+        return _report(error, code)
     except (KeyboardInterrupt, Stopped):
-        print("train_ddp.py: stopped; the same command goes on", file=sys.stderr)
+        if not (dist.is_initialized() and dist.get_rank()):
+            print("train_ddp.py: stopped; the same command goes on", file=sys.stderr)
         return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -83,7 +85,7 @@ def _run(argv: list[str], world: World) -> int:
             return _train(start, world, device, store, display, signals)
         except torch.OutOfMemoryError:
             pass  # its traceback holds the engine: only outside of this block can the memory be had
-        return _out_of_memory(start.config, world, device, store)
+        return _out_of_memory(start, world, device, store)
     finally:
         signals.close()
         if start is not None and start.folder is not None:
@@ -159,13 +161,17 @@ def _load(engine: Engine, start: Start, display: Display) -> None:
     """Go on from the checkpoint, if there is one; rank 0 has read it already."""
     if start.checkpoint is not None:
         state = start.state or resume.start(start.checkpoint, engine)
+        here = checkpoint.versions()
+        before = state.get("versions", here)  # the reference's files do not tell
         try:
             engine.load_state_dict(state)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(f"checkpoint {start.checkpoint} does not fit this run: {reason[:200]}") from None
-        here = checkpoint.versions()
-        before = state.get("versions", here)  # the reference's files do not tell
+        if start.state is not None:
+            start.state.clear()  # rank 0 would keep a second copy of it all
         differ = [f"{name} {before.get(name)}" for name in here if before.get(name) != here[name]]
         if differ:
             display.say(f"checkpoint by {', '.join(differ)}; here {here}: last digits of losses may differ")
@@ -190,6 +196,8 @@ def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: St
         finished = fit(engine, saver, log, display, votes, signals, heartbeat, judge)
         votes.settle()
         return finished
+    except TrainingError:
+        raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             heartbeat.report(str(error).splitlines()[0])
@@ -208,15 +216,17 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _out_of_memory(config: Config, world: World, device: torch.device, store: dist.Store | None) -> int:
+def _out_of_memory(start: Start, world: World, device: torch.device, store: dist.Store | None) -> int:
     """Say once what would fit; the other ranks wait, as torchrun ends all with the first that exits."""
     if store is not None and store.add("moco_v3/out_of_memory", 1) > 1:
         store.wait(["moco_v3/reported"], datetime.timedelta(minutes=5))
         return 2
+    config = start.config
     mends = {
         "--microbatch {}, which learns the same": fitting_microbatch(config, world, device),
-        "--batch-size {}": fitting_batch(config, world, device),
     }
+    if start.checkpoint is None:  # a run that goes on is bound to its batch
+        mends["--batch-size {}"] = fitting_batch(config, world, device)
     fits = " or ".join(flag.format(size) for flag, size in mends.items() if size)
     mend = f"a step fits with {fits}" if fits else "no batch fits; use a smaller --arch or --image-size"
     code = _report(ConfigError(f"--batch-size {config.optim.batch_size}: {device} is out of memory; {mend}"), 2)

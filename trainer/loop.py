@@ -80,9 +80,13 @@ def fit(
             if stall:
                 row["save_stall"], stall = stall, 0.0
             engine.seconds += elapsed
-            # Before the checkpoint, which keeps the history: a run that goes on judges nothing twice.
-            if judge.due() and (accuracy := judge.accuracy()) is not None:
-                row["knn"] = accuracy
+            if judge.due() and not stopped:
+                # Judging may take minutes, and a machine that is taken away leaves seconds: saved before it, and again
+                # with the history that it adds to, so that a run that goes on judges nothing twice.
+                if saver is not None:
+                    _save(engine, saver, ends=False)
+                if (accuracy := judge.accuracy()) is not None:
+                    row["knn"] = accuracy
             if log is not None:
                 log.write(row)
             display.show(row)

@@ -253,12 +253,20 @@ def test_no_image_left_to_take_the_place(original):
         replace_failed(order, {1, 5}, 4)
 
 
-def test_trouble_of_dalis_own_is_raised(index, monkeypatch):
+def test_a_disk_that_stumbles_is_read_once_more(index, undisturbed, monkeypatch):
     """The file is whole again when it is looked at: nothing explains the failure, so nothing is set aside."""
     path = index.tree / index.names[4]
     whole = path.read_bytes()
     truncate(path)
     monkeypatch.setattr("dali_pipes.failures._reason", lambda index, row: path.write_bytes(whole) and "")
+    loader = make(index)
+    assert check_slots(copied(loader), undisturbed[:STEPS], failed=set()) == 0
+    assert loader.failed == []
+
+
+def test_trouble_of_dalis_own_is_raised(index, monkeypatch):
+    truncate(index.tree / index.names[4])
+    monkeypatch.setattr("dali_pipes.failures._reason", lambda index, row: "")
     with pytest.raises(DatasetError, match="DALI failed on a batch of readable files"):
         copied(make(index))
 

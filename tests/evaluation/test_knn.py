@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dali_pipes import EvalBatch
-from evaluation.knn import accuracy, extract
+from evaluation.knn import accuracy, extract, gather
 from tests.ranks import run_on_ranks
 
 
@@ -48,7 +48,7 @@ def test_features_come_back_normalised_and_in_the_order_of_the_dataset():
     images = torch.randn(7, 3, 2, 2)
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
     batches = [EvalBatch(images[part], part * 10, part) for part in order.split(3)]
-    found, labels = extract(lambda x: x.flatten(1), batches)
+    found, labels = gather(*extract(lambda x: x.flatten(1), batches))
     torch.testing.assert_close(found, torch.nn.functional.normalize(images.flatten(1), dim=1))
     assert labels.tolist() == [0, 10, 20, 30, 40, 50, 60]
 
@@ -57,7 +57,7 @@ def gathered():
     """Rank 0 holds rows 0, 2, 4; rank 1 rows 1, 3."""
     part = torch.arange(5)[dist.get_rank() :: 2]
     images = torch.arange(5.0)[:, None, None, None].expand(5, 3, 2, 2)[part] + 1
-    found, labels = extract(lambda x: x.flatten(1), [EvalBatch(images, part, part)])
+    found, labels = gather(*extract(lambda x: x.flatten(1), [EvalBatch(images, part, part)]))
     return found, labels
 
 
