@@ -205,7 +205,8 @@ def soak_on(
     disk: Path | None,
 ) -> list[Struck]:  # fmt: skip
     """Disturb a run for so long, at least so often; raise `Wrong` unless it ends as an undisturbed one."""
-    until, struck = time.monotonic() + seconds, []
+    until = time.monotonic() + seconds
+    struck: list[Struck] = []
     run, whole = Run(data, runs / f"disturbed{ranks}", ranks), Run(data, runs / f"undisturbed{ranks}", ranks)
     try:
         run.start()
