@@ -8,6 +8,7 @@ SAMPLE := data/sample
 DATA ?= $(SAMPLE)
 OUT ?= runs/$(PRESET)
 ARGS ?=
+MINUTES ?= 10
 
 READY := .venv/ready
 PY := .venv/bin/python
@@ -19,7 +20,7 @@ PROCESSES = $(if $(filter auto,$(NPROC)),$$($(PY) -c '$(COUNT)'),$(NPROC))
 IMAGES = $(if $(filter $(SAMPLE),$(DATA)),$(SAMPLE)/synthetic.json)
 
 .DEFAULT_GOAL := help
-.PHONY: train test test-all preview equality bench ablate report doctor gpu-check lint format type clean help
+.PHONY: train test test-all soak preview equality bench ablate report doctor gpu-check lint format type clean help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +45,9 @@ test: | $(READY) ## the tests (under 15 minutes on 2 cores)
 
 test-all: | $(READY) ## the slow ones too (under 40 minutes)
 	@$(PY) -m pytest
+
+soak: | $(READY) ## a run hit by one fault after another must end as if undisturbed: MINUTES=10
+	@$(PY) -m tests.soak --minutes $(MINUTES) $(ARGS)
 
 preview: | $(READY) $(IMAGES) ## views.png: what the recipe does to the images in DATA
 	@$(PY) -m dali_pipes.preview --data $(DATA) --out views.png

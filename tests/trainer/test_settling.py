@@ -49,8 +49,8 @@ def difference(data, settled):
 
 
 @pytest.mark.parametrize("settled", [True, False])
-def test_three_ranks_go_on_to_the_last_bit_only_if_settled(sample, tmp_path, settled):
-    (worst, *_) = run_on_ranks(difference, str(sample), settled, world_size=3, folder=tmp_path)
+def test_four_ranks_go_on_to_the_last_bit_only_if_settled(sample, tmp_path, settled):
+    (worst, *_) = run_on_ranks(difference, str(sample), settled, world_size=4, folder=tmp_path)
     assert (worst == 0) == settled
 
 

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from tests.trainer.conftest import ROOT, wait_for_row
-from trainer import launch
+from trainer import launch, preparation
+from trainer.judgement import Judge
 from trainer.loop import TrainingError
 
 # Waits inside C code, as in a collective whose peer is gone: Python's own handlers do not run there.
@@ -65,9 +66,8 @@ def test_what_became_of_a_run_stands_in_its_folder(train, tmp_path, monkeypatch,
     assert (found["status"], found["step"], found["reason"]) == ("failed", 4, "loss is nan")
 
 
-@pytest.mark.parametrize("moment", ["_scan", "judge"])
-def test_sigterm_where_there_is_no_step_to_finish(moment, train, tmp_path, monkeypatch, capsys):
-    where = launch if moment == "judge" else sys.modules["trainer.preparation"]
+@pytest.mark.parametrize(("where", "moment"), [(preparation, "_scan"), (Judge, "accuracy")])
+def test_sigterm_where_there_is_no_step_to_finish(where, moment, train, tmp_path, monkeypatch, capsys):
 
     def taken_away(*_):
         os.kill(os.getpid(), signal.SIGTERM)
