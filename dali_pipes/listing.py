@@ -53,7 +53,7 @@ def _tree(root: Path) -> Listing:
         files += [(os.path.relpath(os.path.join(f, n), root), label) for f, _, ns in folders for n in _images(ns)]
     if files:
         return Listing(root, tuple(classes), [name for name, _ in files], [label for _, label in files])
-    names = _images(entry.name for entry in os.scandir(root) if entry.is_file())
+    names = _images(entry.name for entry in os.scandir(root) if not entry.is_dir())
     return Listing(root, (), names, [0] * len(names))
 
 
