@@ -159,7 +159,7 @@ def test_ranks_share_what_one_rank_sees(index, undisturbed, world_size):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_order_is_the_distributed_samplers(index, world_size):
     for rank in range(world_size):
-        sampler: DistributedSampler = DistributedSampler(index.names, world_size, rank, seed=3, drop_last=True)  # type: ignore[arg-type]
+        sampler: DistributedSampler = DistributedSampler(index.names, world_size, rank, seed=3, drop_last=True)
         loader = make(index, batch_size=2, rank=rank, world_size=world_size)
         for epoch in range(2):
             sampler.set_epoch(epoch)
