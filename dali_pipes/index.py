@@ -45,7 +45,8 @@ class DatasetIndex:
 
     def path(self, row: int) -> str:
         """One file's path; a run takes them one by one, and so does not hold ImageNet's names twice in every rank."""
-        return self._prefix + self.names[row]
+        name = self.names[row]
+        return name if os.path.isabs(name) else self._prefix + name
 
     @cached_property
     def _prefix(self) -> str:

@@ -128,7 +128,7 @@ class ViewPlan(Plan):
 
 
 class EvalPlan(Plan):
-    """Evaluation: every image once, the last batch as large as it comes; see `loader.EvalLoader`."""
+    """Evaluation: every image once, the last batch as large as it comes; see `eval_loader.EvalLoader`."""
 
     def __init__(
         self,

@@ -96,7 +96,7 @@ def test_variants_from_the_reference_to_the_trainers_step(result_of):
 
 @pytest.mark.slow
 def test_chunks_need_less_memory_and_give_the_same(tree, tmp_path, capsys):
-    sizes = ["--batch-size", "48", "--chunks", "4", "--image-size", "64", "--depth", "1", "--rounds", "1"]
+    sizes = ["--batch-size", "96", "--chunks", "4", "--image-size", "64", "--depth", "1", "--rounds", "1"]
     flags = ["--device", "cpu", "--data", str(tree), "--out", str(tmp_path), *sizes]
     assert command(MICROBATCH, flags) == 0, capsys.readouterr().err
     (file,) = tmp_path.glob("*.json")

@@ -28,12 +28,12 @@ SIZE = 8
 SHARP = Recipe((MOCO_V3.views[1],) * 2)  # rarely blurred: a blur costs the interpreter half a second an image
 
 
-def read(index, recipe, parts, options):
+def read(index, recipe, parts, options, state=None):
     """[(rows, views as bytes, NHWC)], what was said, and the last state.
 
-    `parts`: how many batches a loader gives before another one goes on from its state.
+    `parts`: how many batches a loader gives before another one goes on from its state; `state`: where the first begins.
     """
-    batches, state = [], None
+    batches = []
     lines: list[str] = []
     for part in parts:
         loader = ViewLoader(index, recipe, num_threads=1, on_failed=lines.append, **{"image_size": SIZE, **options})
@@ -56,8 +56,8 @@ def fused():
             patch.setenv("TRITON_INTERPRET", "1")
             pool.submit(int).result()
 
-        def call(index, recipe=SHARP, parts=(1,), **options):
-            return pool.submit(read, index, recipe, parts, {"augment": "fused", **options}).result()
+        def call(index, recipe=SHARP, parts=(1,), state=None, **options):
+            return pool.submit(read, index, recipe, parts, {"augment": "fused", **options}, state).result()
 
         yield call
 
@@ -140,12 +140,13 @@ def test_resumes_with_the_very_next_batch(fused, index, undisturbed, stop):
     assert_same(again, undisturbed)
 
 
-def test_ranks_share_what_one_rank_sees(fused, index, undisturbed):
+def test_more_ranks_go_on_where_one_rank_stopped(fused, index, undisturbed):
+    """From its last batch of the epoch, with the next epoch's in flight: each rank has its part of the same batches."""
+    state = {"epoch": 0, "step": STEPS - 1, "global_batch": BATCH}
     for rank in range(BATCH):
-        part, _, _ = fused(index, parts=(2,), batch_size=1, rank=rank, world_size=BATCH)
-        assert_same(
-            part, [(rows[rank : rank + 1], [v[rank : rank + 1] for v in views]) for rows, views in undisturbed[:2]]
-        )
+        part, _, _ = fused(index, parts=(3,), state=state, batch_size=1, rank=rank, world_size=BATCH)
+        mine = slice(rank, rank + 1)
+        assert_same(part, [(rows[mine], [view[mine] for view in views]) for rows, views in undisturbed[STEPS - 1 :]])
 
 
 def test_a_bad_file_takes_no_other_slot_along(fused, tree, undisturbed):

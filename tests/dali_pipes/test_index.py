@@ -64,9 +64,15 @@ def test_full_level_finds_damage_inside(tmp_path, pictures):
 
 def test_unreadable_and_missing_files_are_set_aside(tree):
     (tree / "a" / "dangling.jpg").symlink_to(tree / "nowhere.jpg")
-    ((path, reason),) = DatasetIndex.scan(tree).rejected
-    assert path.endswith("dangling.jpg")
-    assert "No such file" in reason
+    (tree / "flat").mkdir()
+    (tree / "flat" / "good.jpg").write_bytes(encoded(picture(0), "JPEG"))
+    (tree / "flat" / "dangling.jpg").symlink_to(tree / "nowhere.jpg")
+    for folder, count in ((tree, 2), (tree / "flat", 1)):
+        rejected = DatasetIndex.scan(folder).rejected
+        assert len(rejected) == count
+        for path, reason in rejected:
+            assert path.endswith("dangling.jpg")
+            assert "No such file" in reason
 
 
 def test_too_many_pixels(tmp_path):

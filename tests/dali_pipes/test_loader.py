@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
 from dali_pipes import MOCO_V3, DatasetError, DatasetIndex, ViewLoader
 from dali_pipes.gap import Gap
@@ -153,6 +154,18 @@ def test_ranks_share_what_one_rank_sees(index, undisturbed, world_size):
         for at, row in enumerate(rows.tolist()):
             mine, place = ours[row]
             assert all(torch.equal(mine[v][place], views[v][at]) for v in range(2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_order_is_the_distributed_samplers(index, world_size):
+    for rank in range(world_size):
+        sampler: DistributedSampler = DistributedSampler(index.names, world_size, rank, seed=3, drop_last=True)
+        loader = make(index, batch_size=2, rank=rank, world_size=world_size)
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            rows = torch.cat([batch.indices for batch in loader]).tolist()
+            assert rows == list(sampler)[: len(rows)]
+            assert len(rows) == len(sampler) // 2 * 2
 
 
 def test_seeds_differ(index):

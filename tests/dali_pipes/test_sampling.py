@@ -132,6 +132,10 @@ def test_streams_are_independent():
     for axis, other in others.items():
         for k in range(33):
             assert abs(np.corrcoef(base[:, k], other[:, k])[0, 1]) < limit, (axis, k)
+            # Also what no correlation shows: all 64 fields of the unit square hold as many pairs.
+            pairs = np.histogram2d(base[:, k], other[:, k], bins=8, range=[(0, 1)] * 2)[0]
+            expected = len(ROWS) / 64
+            assert ((pairs - expected) ** 2 / expected).sum() < 138, (axis, k)  # passed once in 6 million times
     assert ks(base.ravel()[::7], np.random.default_rng(0).uniform(size=90_000)) < 1.95
 
 
