@@ -81,7 +81,7 @@ class Bench:
 def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) -> Result:
     """Run the benchmark."""
     common, cuda = flags.common, device.type == "cuda"
-    if flags.image_size < 8 or (flags.batch_size or 1) < 1 or flags.batches < 1:
+    if flags.image_size < 8 or (flags.batch_size is not None and flags.batch_size < 1) or flags.batches < 1:
         raise ConfigError("--image-size takes 8 or more, --batch-size and --batches 1 or more")
     back_ends: tuple[BackEnd, ...] = flags.augment or (("dali", "fused") if cuda else ("dali",))
     started, env = now(), environment(device)

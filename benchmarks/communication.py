@@ -175,7 +175,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "step": step,
             "predictions": [asdict(p) for p in predictions],
         }
-        flags.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        try:
+            flags.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        except OSError as error:
+            print(f"benchmarks.communication: error: --json {flags.json}: {error.strerror}", file=sys.stderr)
+            return 2
     return 0
 
 

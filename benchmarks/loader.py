@@ -64,7 +64,7 @@ class Point:
 def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> Result:
     """Run the benchmark."""
     common = flags.common
-    if flags.image_size < 8 or (flags.batch_size or 1) < 1 or flags.seconds <= 0:
+    if flags.image_size < 8 or (flags.batch_size is not None and flags.batch_size < 1) or flags.seconds <= 0:
         raise ConfigError("--image-size takes 8 or more, --batch-size 1 or more, --seconds more than 0")
     started, env = now(), environment(device)
     workers = common.workers or min(16, env["cores"])

@@ -64,7 +64,7 @@ def load_official(file: str | os.PathLike[str]) -> OfficialCheckpoint:
     except OSError:
         raise
     except Exception as error:  # the unpickler stumbles over rubbish with whatever error comes first
-        code = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise ValueError(f"{os.fspath(file)}: not opened, as it holds code, {code[1]}") from error
         raise UnreadableFile(f"{os.fspath(file)}: not a PyTorch file of tensors and plain values") from error

@@ -209,3 +209,17 @@ def test_under_torchrun_the_line_is_printed_once(flag, line, start, sample, tmp_
     assert (printed + errors).count(line) == 1, errors
     assert "Traceback" not in errors.split("torch/distributed")[0]
     assert not (tmp_path / "run").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_that_would_run_code_is_named_and_does_not(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.pth.tar")
+    line = refused("--resume", tmp_path / "evil.pth.tar")
+    assert "evil.pth.tar" in line
+    assert "posix.system" in line
+    assert not (tmp_path / "executed").exists()
