@@ -80,7 +80,7 @@ def fit(
             if stall:
                 row["save_stall"], stall = stall, 0.0
             engine.seconds += elapsed
-            if judge.due() and not stopped:
+            if judge.due() and not stopped and seen.fatal is None:
                 # Judging may take minutes, and a machine that is taken away leaves seconds: saved before it, and again
                 # with the history that it adds to, so that a run that goes on judges nothing twice.
                 if saver is not None:
