@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evaluation import accuracy
 from evaluation.accuracy import Accuracy
 from evaluation.knn import Labelled
+from model.collectives import average_gradients
 
 Features = Callable[[Tensor], Tensor]
 
@@ -96,8 +97,7 @@ class Heads:
         losses = torch.stack([F.cross_entropy(layer(features), labels) for layer in self.layers])
         self.optimizer.zero_grad()
         losses.sum().backward()  # no head's loss depends on another head
-        if dist.is_initialized():
-            self._average_gradients()
+        average_gradients(p for layer in self.layers for p in layer.parameters())
         self.optimizer.step()
         return losses.detach()
 
@@ -105,15 +105,6 @@ class Heads:
     def right(self, features: Tensor, labels: Tensor) -> Tensor:
         """How many of the images are right at the first guess and among the first five: int64 (heads, 2)."""
         return torch.stack([accuracy.hits(layer(features), labels) for layer in self.layers])
-
-    def _average_gradients(self) -> None:
-        gradients = [p.grad for layer in self.layers for p in layer.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
 
 
 def probe(

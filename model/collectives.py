@@ -1,8 +1,11 @@
 """What the model exchanges between ranks, in the form that torch.compile traces without a graph break."""
 
+from collections.abc import Iterable
+
+import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from torch import Tensor
+from torch import Tensor, nn
 
 # torch 2.14 gave this function a new name and deprecates the old one, which older versions know only.
 _all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
@@ -30,6 +33,25 @@ def add_up(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     return functional.wait_tensor(functional.all_reduce(x.detach(), "sum", _group()))
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradients by their mean over all ranks, in one all-reduce a dtype.
+
+    It stands for DDP where that cannot be: its reducer takes a parameter's first gradient of a step for the whole one.
+    """
+    if world_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        parts = zip(flat.split([gradient.numel() for gradient in gradients]), gradients, strict=True)
+        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in parts])
 
 
 def _group() -> dist.ProcessGroup:

@@ -15,10 +15,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dali_pipes import MOCO_V3, DatasetIndex, Recipe, ViewLoader
 from model import LARS, MoCoV3, learning_rate, momentum_coefficient
 from model.backbones import checkpoint_activations
+from model.collectives import average_gradients
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.guard import Guard
-from trainer.microbatch import average_gradients, chunked_step
+from trainer.microbatch import chunked_step
 from trainer.objective import Objective, Outputs
 from trainer.watch import Watch
 

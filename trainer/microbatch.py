@@ -6,12 +6,11 @@ the features of the whole batch; on these heads, batch norm and loss work as eve
 then chunk by chunk with a graph, into which that gradient is fed. Memory holds the activations of one chunk.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -72,25 +71,6 @@ def chunked_step(
     scale(loss).backward()
     _backward(model, views, features, size, precision)
     return Outputs.of(loss, features, queries, keys)
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace the gradients by their mean over all ranks, in one all-reduce a dtype.
-
-    It stands for DDP, whose reducer takes a parameter's first gradient for the whole one.
-    """
-    if not dist.is_initialized():
-        return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        parts = zip(flat.split([gradient.numel() for gradient in gradients]), gradients, strict=True)
-        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in parts])
 
 
 @torch.no_grad()
