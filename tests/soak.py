@@ -64,7 +64,7 @@ class Run:
 
     def __init__(self, data: Path, out: Path, ranks: int) -> None:
         self.out, self.ranks, self._data = out, ranks, data
-        self._log = out.with_suffix(".log")
+        self._log = data.with_name(f"{out.name}.log")  # not on the disk that is filled
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *flags: str) -> None:

@@ -173,11 +173,16 @@ class Display:
 
     def say(self, line: str) -> None:
         """A line of its own."""
-        self.console.print(line, markup=False)
+        self._print(self.console, line)
 
     def warn(self, line: str) -> None:
         """A line that is shown on whichever rank it arises."""
-        self._any_rank.print(f"warning: {line}", markup=False)
+        self._print(self._any_rank, f"warning: {line}")
+
+    @staticmethod
+    def _print(console: Console, line: str) -> None:
+        with suppress(OSError):  # a log on a full disk is no reason to end a run
+            console.print(line, markup=False)
 
     def show(self, row: dict[str, Any]) -> None:
         """A row of metrics."""
