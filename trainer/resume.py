@@ -18,7 +18,8 @@ def check(file: Path, config: Config, fingerprint: str, model: MoCoV3) -> list[s
         Remarks for the user, a line each.
 
     Raises:
-        ConfigError: it is no checkpoint, or one of another model, recipe or dataset, or of a run that is complete.
+        ConfigError: it is no checkpoint, or one of another model, recipe or dataset; or a file of the reference whose
+            run is complete.
     """
     found = _read(file)
     if isinstance(found, OfficialCheckpoint):
