@@ -120,7 +120,8 @@ class Run:
     dtype: Literal["float32", "float64"] = "float32"
     """Of parameters and inputs; float64 is for checks."""
     microbatch: int | None = None
-    """Images of a rank that are in the backbone at once: same loss and gradients, less memory, more time; ViTs only."""
+    """Images of a rank that are in the backbone at once: same loss and gradients, less memory, more time;
+    for backbones without batch norm and dropout."""
     checkpoint_activations: bool = False
     """Keep only the inputs of the backbone's blocks and compute them again for the gradient: less memory, more time."""
     deterministic: bool = False
