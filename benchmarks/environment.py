@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-BUSY_SHARE = 0.5  # load a core from which on a machine counts as shared
+BUSY_SHARE = 0.1  # of the cores, from which on a machine counts as shared
+LOOK_SECONDS = 1.0
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "numpy", "pillow")
 
@@ -18,8 +19,8 @@ PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-nvimg
 def environment(device: torch.device) -> dict[str, Any]:
     """JSON-ready facts; what cannot be found out is None.
 
-    `hardware` is the short name by which results are told apart. `load` is the load average of the last minute when the
-    benchmark started: well above 0 means that others used the machine.
+    `hardware` is the short name by which results are told apart. `load` says how many cores others kept busy when the
+    benchmark started. Takes a second, to see that.
     """
     cores = len(os.sched_getaffinity(0))
     gpu = _gpu(device) if device.type == "cuda" else None
@@ -29,7 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": cores,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "load": round(os.getloadavg()[0], 2),
+        "load": _load(),
         "gpu": gpu,
         "driver": _driver() if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
@@ -45,8 +46,22 @@ def busy(facts: dict[str, Any]) -> str:
     """A sentence if others used the machine when the benchmark started, else nothing."""
     if facts["load"] < BUSY_SHARE * facts["cores"]:
         return ""
-    load = f"load {facts['load']} on {facts['cores']} cores at the start"
+    load = f"others used {facts['load']} of {facts['cores']} cores at the start"
     return f"The machine was busy: {load}; these numbers are not its best."
+
+
+def _load() -> float:
+    """Cores that other processes keep busy now; the load average would still count what ran a minute ago."""
+    total, own = _cpu_seconds(), time.process_time()
+    time.sleep(LOOK_SECONDS)
+    spent = _cpu_seconds() - total - (time.process_time() - own)
+    return round(max(0.0, spent / LOOK_SECONDS), 2)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of all cores since the machine started, without idling and waiting for disks (proc_stat(5))."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def now() -> str:
