@@ -19,8 +19,8 @@ PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-nvimg
 def environment(device: torch.device) -> dict[str, Any]:
     """JSON-ready facts; what cannot be found out is None.
 
-    `hardware` is the short name by which results are told apart. `load` says how many cores others kept busy when the
-    benchmark started. Takes a second, to see that.
+    `hardware` is the short name by which results are told apart. `busy_cores` says how many cores others kept busy when
+    the benchmark started. Takes a second, to see that.
     """
     cores = len(os.sched_getaffinity(0))
     gpu = _gpu(device) if device.type == "cuda" else None
@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": cores,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "load": _load(),
+        "busy_cores": _busy_cores(),
         "gpu": gpu,
         "driver": _driver() if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
@@ -44,13 +44,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def busy(facts: dict[str, Any]) -> str:
     """A sentence if others used the machine when the benchmark started, else nothing."""
-    if facts["load"] < BUSY_SHARE * facts["cores"]:
+    if facts.get("busy_cores", 0.0) < BUSY_SHARE * facts["cores"]:
         return ""
-    load = f"others used {facts['load']} of {facts['cores']} cores at the start"
+    load = f"others used {facts['busy_cores']} of {facts['cores']} cores at the start"
     return f"The machine was busy: {load}; these numbers are not its best."
 
 
-def _load() -> float:
+def _busy_cores() -> float:
     """Cores that other processes keep busy now; the load average would still count what ran a minute ago."""
     total, own = _cpu_seconds(), time.process_time()
     time.sleep(LOOK_SECONDS)

@@ -11,7 +11,7 @@ ENVIRONMENT = {
     "cpu": "Some CPU",
     "cores": 2,
     "memory_gb": 8.0,
-    "load": 0.1,
+    "busy_cores": 0.1,
     "gpu": None,
     "driver": None,
     "cuda": None,

@@ -39,14 +39,14 @@ def test_results_do_not_make_the_code_dirty(monkeypatch):
 
 
 def test_a_shared_machine_is_said():
-    assert environment.busy({"load": 0.1, "cores": 2}) == ""
-    assert "others used 1.6 of 2 cores" in environment.busy({"load": 1.6, "cores": 2})
+    assert environment.busy({"busy_cores": 0.1, "cores": 2}) == ""
+    assert "others used 1.6 of 2 cores" in environment.busy({"busy_cores": 1.6, "cores": 2})
 
 
 def test_the_load_is_what_other_processes_use_now():
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        assert environment._load() > 0.2  # a core, on a machine that others leave some of
+        assert environment._busy_cores() > 0.2  # a core, on a machine that others leave some of
     finally:
         other.kill()
         other.wait()
