@@ -23,14 +23,15 @@ class Nodes:
     """Two hosts with a network of their own; they share the file system, as nodes of a cluster do."""
 
     def __init__(self):
-        self.started = []
-        self._holders = []
+        self.started: list[subprocess.Popen[str]] = []
+        self._holders: list[subprocess.Popen[str]] = []
         for host in HOSTS:
             script = 'hostname "$0" && ip link set lo up && echo up && exec sleep infinity'
             line = ["unshare", "-nu", "sh", "-c", script, host]
             line = [*self._into(0, "-U"), *line] if self._holders else ["unshare", "-Ur", *line]
             holder = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             self._holders.append(holder)
+            assert holder.stdout is not None
             if holder.stdout.readline() != "up\n":
                 reason = holder.communicate()[1].strip()
                 self.close()
