@@ -52,13 +52,13 @@ def busy(facts: dict[str, Any]) -> str:
 
 def _busy_cores() -> float:
     """Cores that other processes keep busy now; the load average would still count what ran a minute ago."""
-    total, own = _cpu_seconds(), time.process_time()
+    total, own = _seconds_of_all_cores(), time.process_time()
     time.sleep(LOOK_SECONDS)
-    spent = _cpu_seconds() - total - (time.process_time() - own)
+    spent = _seconds_of_all_cores() - total - (time.process_time() - own)
     return round(max(0.0, spent / LOOK_SECONDS), 2)
 
 
-def _cpu_seconds() -> float:
+def _seconds_of_all_cores() -> float:
     """CPU time of all cores since the machine started, without idling and waiting for disks (proc_stat(5))."""
     user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")

@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from dali_pipes.synthetic import generate
-from tests.trainer.conftest import ROOT, command, rank_processes
+from tests.trainer.conftest import ROOT, command, lives, rank_processes
 from trainer import checkpoint
 from trainer.metrics import read_metrics
 
@@ -129,14 +129,7 @@ class Run:
         for rank in ranks:
             os.kill(rank, signal.SIGKILL)
         self._process.wait()
-        self.until(lambda: not any(map(_lives, ranks)), "the end of ranks that were killed", alive=False)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+        self.until(lambda: not any(map(lives, ranks)), "the end of ranks that were killed", alive=False)
 
 
 def strike(fault: str, run: Run, chance: random.Random, disk: Path | None) -> Struck:

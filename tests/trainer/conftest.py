@@ -99,3 +99,11 @@ def rank_processes(torchrun):
     environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids}
     ranks = {pid: int(value[5:]) for pid, values in environments.items() for value in values if value[:5] == b"RANK="}
     return sorted(ranks, key=ranks.__getitem__)
+
+
+def lives(pid):
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
