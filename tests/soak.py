@@ -40,11 +40,14 @@ OUTCOMES = {
     "SIGTERM": REQUEUED,
     "SIGINT": REQUEUED,
     "kill -9 of one rank": "torchrun starts all ranks again; they go on from the newest checkpoint",
+    "kill -9 of torchrun": "the ranks notice, finish the step and save, `preempted`; the same command goes on",
     "kill -9 of everything": "the same command goes on from the newest checkpoint",
     "disk full": "said once a save, training goes on; saved again when there is room",
     "newest checkpoint cut off": PASSED_OVER,
     "newest checkpoint with a bit flipped": PASSED_OVER,
 }
+# The signals to torchrun after which nothing may be lost.
+ASKED_BY = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "kill -9 of torchrun": signal.SIGKILL}
 
 
 class Struck(NamedTuple):
@@ -110,9 +113,11 @@ class Run:
             raise Wrong(f"exit code {self.process.returncode}, {self.status()} instead of finished")
 
     def ask_to_stop(self, number: signal.Signals) -> None:
-        asked = time.monotonic()
+        """Send a signal to torchrun, which hands on what it can, and see the run saved and ended in time."""
+        ranks, asked = rank_processes(self.process), time.monotonic()
         self.process.send_signal(number)
-        self.until(lambda: self.process.poll() is not None, f"an end after {number.name}", alive=False)
+        self.process.wait(PATIENCE)
+        self.until(lambda: not any(map(lives, ranks)), f"the end of the ranks after {number.name}", alive=False)
         if time.monotonic() - asked > 25:
             raise Wrong(f"{time.monotonic() - asked:.0f} s from {number.name} to the end; torchrun kills after 30")
         if self.status() != "preempted":
@@ -142,8 +147,9 @@ def strike(fault: str, run: Run, chance: random.Random, disk: Path | None) -> St
         assert disk is not None
         _fill(run, disk)
         return Struck(fault, run.ranks, 0)
-    if fault in ("SIGTERM", "SIGINT"):
-        run.ask_to_stop(signal.Signals[fault])
+    asked = ASKED_BY.get(fault)
+    if asked is not None:
+        run.ask_to_stop(asked)
         reached = run.step()
     elif fault == "kill -9 of one rank":
         victim = chance.choice(rank_processes(run.process))
@@ -160,7 +166,7 @@ def strike(fault: str, run: Run, chance: random.Random, disk: Path | None) -> St
     run.until(lambda: run.step() > reached + 1, f"more than the {reached} steps from before")
     if damaged is not None and not re.search(rf"warning: checkpoint \S*{damaged} cannot be read", run.said()):
         raise Wrong(f"the damaged {damaged} was not named")
-    if fault in ("SIGTERM", "SIGINT") and resumed != reached:
+    if asked is not None and resumed != reached:
         raise Wrong(f"went on from step {resumed}, not from {reached}, where {fault} ended it")
     return Struck(fault, run.ranks, max(0, reached - resumed))
 
