@@ -27,11 +27,13 @@ class Common:
     """What every benchmark takes."""
 
     data: Path | None = None
-    """Folder of images, classes or not (default: generated JPEGs with ImageNet's sizes, in data/benchmark)."""
+    """Folder of images, classes or not, or a list file (default: generated JPEGs with ImageNet's sizes, in data/benchmark)."""
     images: int = 256
     """Generated images; with --data, at most so many of them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU, or the CPU where the machine has none."""
+    outside: bool = False
+    """Let a list file (`--data`) name images outside of its folder."""
     workers: int | None = None
     """Threads of DALI, and processes of a DataLoader (default: this process's cores, at most 16)."""
     rounds: int = 7
@@ -55,7 +57,7 @@ class Common:
             progress.say(f"images: {self.images} generated in {FOLDER}")
             return generated(FOLDER, self.images)
         train = self.data / "train"
-        found = DatasetIndex.scan(train if train.is_dir() else self.data)
+        found = DatasetIndex.scan(train if train.is_dir() else self.data, outside=self.outside)
         return first(found, min(self.images, len(found)))
 
     def chosen_device(self) -> torch.device:

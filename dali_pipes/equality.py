@@ -65,23 +65,25 @@ def main(
     augment: Literal["auto", "fused", "dali"] = "auto",
     recipe: Literal["moco-v3", "moco-v2", "simclr", "multi-crop"] = "moco-v3",
     seed: int = 0,
+    outside: bool = False,
     file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Prints how far each operator and each view is from Pillow and torchvision, in grey levels from 0 to 255.
 
     Args:
-        data: folder of images; its train/, if there is one.
+        data: folder of images; its train/, if there is one; or a list file.
         sizes: of the views, pixels; of the largest one, if they differ.
         draws: of parameters; images are taken in the order of a run's epochs, again if there are fewer.
         device: where to decode and augment.
         augment: who makes the views of the crops, DALI's operators or the fused kernels; auto: as in training.
         recipe: whose views; the operators by themselves have the strengths of its first view.
         seed: of the order and of what is drawn.
+        outside: let a list file name images outside of its folder.
         file: also write the table here, as JSON.
     """
     if draws < 1 or min(sizes, default=0) < 1:
         raise ValueError(f"--draws {draws} --sizes {' '.join(map(str, sizes))}: give numbers above 0")
-    index = DatasetIndex.scan(data / "train" if (data / "train").is_dir() else data)
+    index = DatasetIndex.scan(data / "train" if (data / "train").is_dir() else data, outside=outside)
     chosen: Augment = "dali" if augment == "dali" else "fused"
     if augment == "auto" and (device == "cpu" or why_not_fused(torch.device(device), RECIPES[recipe]) is not None):
         chosen = "dali"

@@ -36,19 +36,21 @@ def main(
     epoch: int = 0,
     image_size: int = 224,
     crop_min: float = 0.08,
+    outside: bool = False,
 ) -> None:
     """Writes a picture of images and their MoCo v3 views.
 
     Args:
-        data: folder of images; its train/, if there is one.
+        data: folder of images; its train/, if there is one; or a list file.
         out: the picture to write; its ending says which type.
         count: number of images.
         seed: as of a run; the images are the first ones of its epoch.
         epoch: from 0.
         image_size: of the views, pixels.
         crop_min: smallest crop, as a share of the image's area.
+        outside: let a list file name images outside of its folder.
     """
-    index = DatasetIndex.scan(data / "train" if (data / "train").is_dir() else data)
+    index = DatasetIndex.scan(data / "train" if (data / "train").is_dir() else data, outside=outside)
     recipe = MOCO_V3.with_crop_min(crop_min).scaled(image_size)
     loader = ViewLoader(index, recipe, min(count, len(index)), seed, image_size=image_size)
     loader.set_epoch(epoch)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dali_pipes import MOCO_V3, preview, sample_params
+from dali_pipes import MOCO_V3, DatasetError, preview, sample_params
 
 
 def test_picture_of_a_folder(tmp_path, photos, capsys):
@@ -16,6 +16,14 @@ def test_picture_of_a_folder(tmp_path, photos, capsys):
     with Image.open(out) as image:
         assert image.width > 1000
         assert np.asarray(image.convert("L")).std() > 20
+
+
+def test_a_list_of_images_elsewhere_needs_to_be_allowed(tmp_path, photos, capsys):
+    (tmp_path / "list.txt").write_text("\n".join(photos.paths[:2]))
+    with pytest.raises(DatasetError, match="allow it with --outside"):
+        preview.main(tmp_path / "list.txt", tmp_path / "views.png", image_size=32)
+    preview.main(tmp_path / "list.txt", tmp_path / "views.png", image_size=32, outside=True)
+    assert "2 of 2 images" in capsys.readouterr().out
 
 
 def test_titles_say_what_was_applied():
