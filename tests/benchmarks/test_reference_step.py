@@ -79,6 +79,12 @@ def test_no_change_changes_what_is_learned(config, views, optimizer, changes):
     assert losses(ReferenceStep(config, CPU, changes), views) == pytest.approx(expected, rel=1e-4)
 
 
+def test_both_views_in_one_pass_learn_the_same(config, views):
+    config = replace(config, arch="vit_small")  # the demo's stem has batch norm, to which a view is a batch
+    expected = losses(ReferenceStep(config, CPU), views)
+    assert losses(ReferenceStep(config, CPU, Changes(one_pass=True)), views) == pytest.approx(expected, rel=1e-4)
+
+
 def test_bf16_is_near_and_not_the_same(config, views):
     expected = losses(ReferenceStep(config, CPU), views)
     found = losses(ReferenceStep(config, CPU, Changes(amp="bf16")), views)
