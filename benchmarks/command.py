@@ -27,7 +27,7 @@ class Common:
     """What every benchmark takes."""
 
     data: Path | None = None
-    """Folder of images, classes or not, or a list file (default: generated JPEGs with ImageNet's sizes, in data/benchmark)."""
+    """Folder of images, or a list file (default: generated JPEGs with ImageNet's sizes, in data/benchmark)."""
     images: int = 256
     """Generated images; with --data, at most so many of them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

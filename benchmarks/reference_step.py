@@ -2,7 +2,8 @@
 
 As it stands: eager; float16 autocast with a loss scaler on CUDA, float32 on the CPU; one forward pass a view;
 parameters visited one by one in Python for the moving average and by the optimizer; the host waits for the loss and
-for the scaler at every step. Each field of `Changes` takes one of these away; with all but `one_pass` it is the trainer's step.
+for the scaler at every step. Each field of `Changes` takes one of these away; with all but `one_pass` it is the
+trainer's step.
 """
 
 from collections.abc import Callable
