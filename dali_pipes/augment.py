@@ -43,8 +43,11 @@ def output_types(augment: str, device: torch.device, recipe: Recipe) -> tuple[st
 
 def missing_c_compiler() -> str | None:
     """What this machine lacks to build the C extension by which Triton launches a kernel; None if nothing."""
-    names = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
+    # Both as Triton looks for them (runtime/build.py), where another rule would find what it does not, or the reverse.
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, names)):
         return f"C compiler ({' or '.join(names)}) on the PATH"
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, for which no headers are installed
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
     return None if header.exists() else f"{header} (on Debian and Ubuntu: python3-dev)"

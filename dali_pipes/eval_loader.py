@@ -68,7 +68,8 @@ class EvalLoader:
         self._index = index
         device = available(device)
         self._plan = EvalPlan(index, resize, crop, train, seed, batch_size, rank, world_size)
-        self._stream = Stream(self._plan, device, Decoder.of(index, device, jpeg_engine), "float32", num_threads)
+        decoder = Decoder.of(index, device, batch_size, jpeg_engine)
+        self._stream = Stream(self._plan, device, decoder, "float32", num_threads)
         self._epoch = 0
 
     def __len__(self) -> int:

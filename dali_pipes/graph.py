@@ -1,5 +1,6 @@
 """The DALI graph: read ▸ decode once ▸ views. It applies parameters and draws nothing: one graph serves any epoch."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from dali_pipes.index import DatasetIndex
 from dali_pipes.views import ViewSpec
 
 OUTPUTS = ("uint8", "float16", "float32")
-_BUFFER = 4096  # side, pixels: 48 MiB of RGB. A dataset's few larger images cost a new allocation each
+_BUFFER = 1 << 30  # bytes of RGB: of what the engine sets aside, which is room for a whole batch of images of one size
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,15 @@ class Decoder:
 
     on_gpu: bool = False
     jpeg_engine: bool = True
-    height: int = 0  # of the engine's buffer, pixels: room for most images; 0: it grows as images need
+    height: int = 0  # pixels, of each image in the engine's buffer; it grows for larger ones
     width: int = 0
 
     @classmethod
-    def of(cls, index: DatasetIndex, device: torch.device, jpeg_engine: bool = True) -> "Decoder":
-        """With a buffer for the index's largest image, within `_BUFFER`: it does not grow in the middle of a run."""
+    def of(cls, index: DatasetIndex, device: torch.device, batch_size: int, jpeg_engine: bool = True) -> "Decoder":
+        """With a buffer for batches of the index's largest image, within `_BUFFER`: it does not grow in mid-run."""
+        side = math.isqrt(_BUFFER // (3 * batch_size))
         height, width = int(index.heights.max()), int(index.widths.max())
-        return cls(device.type == "cuda", jpeg_engine, min(height, _BUFFER), min(width, _BUFFER))
+        return cls(device.type == "cuda", jpeg_engine, min(height, side), min(width, side))
 
 
 def build_pipeline(

@@ -104,7 +104,7 @@ class ViewLoader:
         fused = FusedViews(recipe.views, output, device) if augment == "fused" else None
         crops_only = fused is not None
         self._plan = ViewPlan(index, recipe.views, seed, batch_size, rank, world_size, crops_only)
-        decoder = Decoder.of(index, device, jpeg_engine)
+        decoder = Decoder.of(index, device, batch_size, jpeg_engine)
         self._stream = Stream(self._plan, device, decoder, output, num_threads, fused)
         self._index, self._position = index, Position(0, 0)
         self._global_batch = batch_size * world_size

@@ -1,5 +1,6 @@
 """Runs a DALI pipeline ahead of its reader, and keeps account of what is under way."""
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dali_pipes.plan import Plan, Position
 from dali_pipes.sampling import SampleParams
 
 _PREFETCH = 2  # batches ready or in work while the reader uses another one
+_NO_MEMORY = re.compile(r"Can't allocate \d+ bytes on device")  # DALI's words: it has no type for it
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,7 @@ class Stream:
 
         Raises:
             BrokenBatch: DALI failed on this batch. The stream stays usable.
+            torch.OutOfMemoryError: DALI found too little memory on the device.
         """
         under_way = self._feed.under_way
         if under_way and (
@@ -80,6 +83,8 @@ class Stream:
         except RuntimeError as error:
             ahead = [batch.rows for batch in under_way]
             self.close()
+            if _NO_MEMORY.search(str(error)):
+                raise torch.OutOfMemoryError(str(error)) from None
             raise BrokenBatch(np.concatenate([self._plan.rows(position), *ahead]), str(error)) from None
         except BaseException:  # a Ctrl-C between feeding and running: the account no longer holds
             self.close()
@@ -120,7 +125,11 @@ class Stream:
 
     def _outputs(self) -> Sequence[Any]:
         # Given a stream, DALI makes it wait for the batch; DALIGenericIterator gives none, and the host waits.
-        return self._pipeline.outputs(cuda_stream=self._consumer())
+        stream = self._consumer()
+        if stream is None:
+            return self._pipeline.outputs()
+        with torch.cuda.device(self._device):  # of which it takes a default stream to be
+            return self._pipeline.outputs(cuda_stream=stream)
 
     def _consumer(self) -> torch.cuda.Stream | None:
         """The stream that first reads what DALI made; None on the CPU."""

@@ -8,5 +8,7 @@ import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# torch reads it at the process's first matrix product on a GPU, and never again.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 _CACHE = tempfile.TemporaryDirectory(prefix="moco-v3-tests-")  # removed with the process
 os.environ["XDG_CACHE_HOME"] = _CACHE.name

@@ -1,16 +1,10 @@
 """When the step waits for data: one line that says what to change."""
 
 import math
-import os
 
 WORTH_SAYING = 0.1  # of the time; below it a mend would not be felt
 WINDOW = 60.0  # seconds that a share is taken over: shorter waits, at a start or a checkpoint, are no bottleneck
 SILENCE = 1800.0  # seconds until it is said again
-
-
-def own_cores(local_size: int) -> int:
-    """Cores of this process: the machine's, shared among its ranks."""
-    return max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
 def data_advice(wait: float, threads: int, cores: int) -> str:

@@ -36,9 +36,13 @@ class World:
         rank, local_rank, size, local_size = (int(os.environ[name]) for name in names[:4])
         return cls(rank, local_rank, size, local_size, torchrun=True, node=int(os.environ.get("GROUP_RANK", 0)))
 
+    def cores(self) -> int:
+        """Cores of this rank: the machine's, shared among its ranks."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+
     def default_threads(self) -> int:
-        """DALI threads of this rank: the machine's cores shared among its ranks, at most 16."""
-        return max(1, min(16, len(os.sched_getaffinity(0)) // self.local_size))
+        """DALI threads of this rank: one a core, at most 16."""
+        return min(16, self.cores())
 
     def store(self) -> dist.Store | None:
         """The key-value store of torchrun's rendezvous, empty; None for a single process. Every rank must call it.

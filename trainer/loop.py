@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dali_pipes import Batch, DatasetError
-from trainer.advice import DataAdvisor, own_cores
+from trainer.advice import DataAdvisor
 from trainer.distributed import Votes, gathered, mean_over_ranks
 from trainer.engine import Engine
 from trainer.heartbeat import Heartbeat
@@ -43,7 +43,7 @@ def fit(
     """
     run, batch_size = engine.config.run, engine.config.optim.batch_size
     clock, batches = WaitClock(engine.device), _batches(engine)
-    advisor = DataAdvisor(engine.threads, own_cores(engine.world.local_size))
+    advisor = DataAdvisor(engine.threads, engine.world.cores())
     read_step, read_time = engine.step, time.perf_counter()
     stopped, stall = False, 0.0
     while engine.step < engine.last and not stopped:

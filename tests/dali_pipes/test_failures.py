@@ -22,6 +22,11 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:400])
 
 
+def halve(path):
+    """Its header is whole, and tells the size that the scan saw."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def delete(path):
     path.unlink()
 
@@ -38,7 +43,7 @@ def shrink(path):
     path.write_bytes(encoded(picture(99, 12, 16), "JPEG"))
 
 
-DAMAGE = [truncate, delete, empty, zero, shrink]
+DAMAGE = [truncate, halve, delete, empty, zero, shrink]
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +274,20 @@ def test_trouble_of_dalis_own_is_raised(index, monkeypatch):
     monkeypatch.setattr("dali_pipes.failures._reason", lambda index, row: "")
     with pytest.raises(DatasetError, match="DALI failed on a batch of readable files"):
         copied(make(index))
+
+
+def test_too_little_memory_is_no_trouble_of_the_images(index, monkeypatch):
+    """The words are those of libdali_core; a CPU never runs into them."""
+    loader = make(index)
+    batches = iter(loader)
+    next(batches)
+
+    def outputs(pipeline):
+        raise RuntimeError("Critical error in pipeline:\nCan't allocate 4096 bytes on device 0.")
+
+    monkeypatch.setattr(type(loader._stream._pipeline), "outputs", outputs)
+    with pytest.raises(torch.OutOfMemoryError, match="Can't allocate 4096 bytes on device 0"):
+        next(batches)
 
 
 def test_a_state_with_rows_of_another_index(index):

@@ -34,7 +34,7 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize(("engine", "share"), [(True, 1.0), (False, 0.0)])
 def test_jpegs_go_to_the_engine_all_or_none(asked, photos, engine, share):
-    found = asked(Decoder.of(photos, GPU, engine))
+    found = asked(Decoder.of(photos, GPU, 4, engine))
     assert (found["device"], found["hw_decoder_load"]) == ("mixed", share)
     assert (found["output_type"], found["adjust_orientation"], found["jpeg_fancy_upsampling"]) == (
         types.RGB,
@@ -44,15 +44,16 @@ def test_jpegs_go_to_the_engine_all_or_none(asked, photos, engine, share):
 
 
 def test_the_engines_buffer_is_of_the_largest_image_within_bounds(asked, photos):
-    found = asked(Decoder.of(photos, GPU))
+    found = asked(Decoder.of(photos, GPU, 4))
     assert found["preallocate_height_hint"] == photos.heights.max()
     assert found["preallocate_width_hint"] == photos.widths.max()
     huge = replace(photos, widths=photos.widths * 1000)
-    found = asked(Decoder.of(huge, GPU))
-    assert (found["preallocate_height_hint"], found["preallocate_width_hint"]) == (photos.heights.max(), 4096)
+    found = asked(Decoder.of(huge, GPU, 512))
+    height, width = found["preallocate_height_hint"], found["preallocate_width_hint"]
+    assert (height, 512 * width * width * 3) == (photos.heights.max(), pytest.approx(2**30, rel=0.01))
 
 
 def test_the_cpu_decoder_takes_none_of_them(asked, photos):
-    assert asked(Decoder.of(photos, torch.device("cpu"))).keys() == {
+    assert asked(Decoder.of(photos, torch.device("cpu"), 4)).keys() == {
         *("device", "output_type", "adjust_orientation", "jpeg_fancy_upsampling")
     }

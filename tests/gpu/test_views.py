@@ -1,20 +1,25 @@
 """The same loader on the GPU, by either back end: the same views, up to the decoder's own difference, on the device."""
 
 import gc
+import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from dali_pipes import MOCO_V3, EvalLoader, ViewLoader, sample_params
+from dali_pipes import MOCO_V3, DatasetIndex, EvalLoader, ViewLoader, sample_params
 from dali_pipes.alone import decode
 from dali_pipes.augment import why_not_fused
 from dali_pipes.gap import Gap
 from dali_pipes.reference import load_image
+from tests.dali_pipes.test_failures import delete, empty, halve, truncate, zero
 from tests.dali_pipes.test_fused import normalised
 from tests.dali_pipes.test_fused_loader import after_the_crop, crops_only
 
 SIZE = 96
+PHOTOS = Path(__file__).parents[1] / "photos"
 
 
 @pytest.fixture(params=["dali", "fused"])
@@ -74,6 +79,35 @@ def test_the_back_ends_differ_by_the_operators_rounding(photos):
 def test_either_decoder_is_near_pillow(photos, engine):
     gap = Gap.between(decode(photos.paths, "cuda", engine), map(load_image, photos.paths))
     assert gap.mean < 1.0
+    assert gap.differ > 0  # else it was libjpeg-turbo that decoded, not nvJPEG
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_the_pixels_of_an_image_do_not_depend_on_its_batch(photos, engine):
+    together = decode(photos.paths, "cuda", engine)
+    for path, expected in zip(photos.paths, together, strict=True):
+        (alone,) = decode([path], "cuda", engine)
+        np.testing.assert_array_equal(alone, expected)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("damage", [truncate, halve, delete, empty, zero])
+def test_a_bad_file_takes_no_other_slot_along(tmp_path, damage, engine, augment):
+    shutil.copytree(PHOTOS, tmp_path / "photos")
+    index = DatasetIndex.scan(tmp_path / "photos")
+    options = {"batch_size": 4, "image_size": SIZE, "device": "cuda", "augment": augment, "jpeg_engine": engine}
+    undisturbed = list(ViewLoader(index, **options))
+    bad = int(undisturbed[1].indices[2])
+    damage(Path(index.path(bad)))
+    with pytest.warns(UserWarning, match="went bad since the scan"):
+        batches = list(ViewLoader(index, **options))
+    for batch, before in zip(batches, undisturbed, strict=True):
+        for slot, row in enumerate(before.indices.tolist()):
+            if row == bad:
+                assert batch.indices[slot] != bad
+                continue
+            assert batch.indices[slot] == row
+            assert all(torch.equal(a[slot], b[slot]) for a, b in zip(batch.views, before.views, strict=True))
 
 
 def test_a_second_pass_gives_the_same_bytes(photos, augment):
@@ -88,7 +122,7 @@ def test_batches_stay_as_they_were_while_the_next_are_made(photos, augment):
     sums, kept = [], []
     for _ in range(5):
         for batch in loader:
-            torch.cuda._sleep(2_000_000)  # the stream lags behind the host
+            torch.cuda._sleep(200_000_000)  # the stream lags behind the host
             sums.append(batch.views[0].float().sum())
             kept.append(batch.views[0].clone())
     assert [float(each) for each in sums] == [float(each.float().sum()) for each in kept]
@@ -120,17 +154,22 @@ def test_evaluation_images_are_those_of_the_cpu(photos):
     assert (ours.images.cpu() - theirs.images).abs().mean() < 1.0 / 255 / 0.225
 
 
-def test_the_host_does_not_wait_for_a_batch(photos, augment):
-    """Handing over a batch queues a wait on torch's stream, and none on the host."""
+def test_the_host_does_not_wait_for_a_batch(photos, augment, monkeypatch):
+    """Handing over a batch queues a wait on a stream, and none on the host."""
     loader = ViewLoader(photos, batch_size=4, image_size=SIZE, device="cuda", augment=augment)
     batches = iter(loader)
     next(batches)  # compiles the kernels
+    # Torch sees only its own waits; DALI does without where it is given a stream.
+    pipeline = loader._stream._pipeline
+    asked = Mock(wraps=pipeline.outputs)
+    monkeypatch.setattr(pipeline, "outputs", asked)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         next(batches).views[0].float().mean()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert isinstance(asked.call_args.kwargs["cuda_stream"], torch.cuda.Stream)
 
 
 def test_fused_views_overlap_with_training(photos):
