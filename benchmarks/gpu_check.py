@@ -1,22 +1,25 @@
 """Does everything run on this machine's GPU, and how fast, in one command and one file?
 
-    python -m benchmarks.gpu_check [--out DIR]
+    python -m benchmarks.gpu_check [--out DIR] [--only "GPU tests: training" "step resnet50" …]
 
 Runs the GPU tests, 200 steps of training on generated JPEGs, the equality table with the decoder, and short forms of
-the benchmarks, each as a process of its own: one that fails or hangs leaves the others alone. Uses this Python as it
-stands. Exit code 0: all passed; 1: a part failed or found no time; 2: wrong use.
+the benchmarks, each as a process of its own: one that fails or hangs leaves the others alone, and the file holds what
+is done so far. Uses this Python as it stands. Exit code 0: all passed; 1: a part failed or found no time; 2: wrong use.
 """
 
+import itertools
 import json
 import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,11 +31,12 @@ from rich.console import Console
 
 from benchmarks.environment import ROOT, environment, now
 from benchmarks.generated import FOLDER, generated
+from dali_pipes import DatasetIndex
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
 from trainer.metrics import read_metrics
 
-TAIL = 4000  # characters of output that are kept of a part
+TAIL = 12000  # characters of output that are kept of a part
 PRESETS = {"vit_small": "vit-s-300ep", "vit_base": "vit-b-300ep", "resnet50": "r50-100ep"}
 
 
@@ -48,6 +52,8 @@ class GpuCheck:
     """cpu: only to see whether the check itself works."""
     images: int = 256
     """Generated JPEGs."""
+    only: tuple[str, ...] = ()
+    """Names of parts, to spread them over several calls (default: all)."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +91,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     deadline = time.monotonic() + 60 * flags.minutes
     started, env = now(), environment(device)
+    hardware = re.sub(r"[^a-z0-9]+", "_", env["hardware"].lower())
+    file = flags.out / f"gpu_check-{hardware}.json"
     with tempfile.TemporaryDirectory() as scratch:
+        chosen = parts(flags, Path(scratch))
+        names = [part.name for part in chosen]
+        if unknown := set(flags.only) - set(names):
+            print(f"benchmarks.gpu_check: error: --only {min(unknown)!r}: one of {', '.join(names)}", file=sys.stderr)
+            return 2
         outcomes = []
-        for part in parts(flags, Path(scratch)):
+        for part in chosen:
+            if flags.only and part.name not in flags.only:
+                continue
             outcome = _run(part, deadline)
             outcomes.append(outcome)
             console.print(f"{'ok  ' if outcome.ok else 'FAIL'} {part.name}: {outcome.seconds:.0f} s {outcome.reason}")
-    record = {"schema": 1, "created": started, "environment": env, "parts": [asdict(o) for o in outcomes]}
-    hardware = re.sub(r"[^a-z0-9]+", "_", env["hardware"].lower())
-    file = flags.out / f"gpu_check-{hardware}.json"
-    file.write_text(json.dumps(record, indent=1) + "\n")
+            record = {"schema": 1, "created": started, "environment": env, "parts": [asdict(o) for o in outcomes]}
+            file.write_text(json.dumps(record, indent=1) + "\n")  # each time: whoever lends the GPU may end this, too
     failed = [o.name for o in outcomes if not o.ok]
     print(f"{file}: " + (f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}" if failed else "all passed"))
     return 1 if failed else 0
@@ -106,35 +119,56 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     where = ["--device", flags.device, "--images", str(flags.images)]
     quick = ["--quick", *where]
     small = ["--batch-size", "2", "--image-size", "32"] if cpu else []
-    # The trainer takes a folder as the user has it; made here, so that its own part does not pay for it.
-    tree = generated(FOLDER, flags.images).tree
-    steps = 10 if cpu else 200
+    # The trainer takes a folder as the user has it: one epoch, so that what is timed is not the checkpoints.
+    steps, batch = (10, 16) if cpu else (200, 64)
+    tree = _repeated(generated(FOLDER, flags.images), steps * batch, scratch / "images")
     training = ["train_ddp.py", "demo" if cpu else "vit-s-300ep", "--data", str(tree), "--out", str(scratch / "run")]
-    training += ["--device", flags.device, "--batch-size", "16" if cpu else "64", "--max-steps", str(steps), "--no-knn"]
-    # A schedule that gets to work within so few steps.
-    training += ["--epochs", "100", "--warmup-epochs", "5"]
+    training += ["--device", flags.device, "--batch-size", str(batch), "--no-knn", "--epochs", "1"]
+    training += ["--warmup-epochs", "0"]
     equality = ["-m", "dali_pipes.equality", "--data", str(ROOT / "tests" / "photos"), "--device", flags.device]
     equality += ["--draws", "24", "--sizes", *(["32"] if cpu else ["224", "96", "32"])]
     equality += ["--json", str(scratch / "equality.json")]
-    found = [
-        Part("doctor", ["-m", "benchmarks.doctor"], 30, lambda output: {"lines": output.splitlines()}),
-        Part("GPU tests", ["-m", "pytest", "-m", "gpu", "-rf"], 240, passed),
-        Part("equality", equality, 60, partial(_result, scratch, "equality")),
-        Part(f"{steps} training steps", training, 150, partial(trained, scratch / "run", steps)),
-    ]
-    for arch, preset in PRESETS.items():
-        arguments = ["-m", "benchmarks.step", "--preset", preset, *small, *quick, "--out", str(scratch)]
-        found.append(Part(f"step {arch}", arguments, 120, partial(_result, scratch, f"step-{arch}*")))
-    for name in ("loader", "ablation"):
-        arguments = ["-m", f"benchmarks.{name}", *quick, "--out", str(scratch)]
-        found.append(Part(name, arguments, 90, partial(_result, scratch, f"{name}*")))
-    # Last: it compiles each model once more, from the cache that the steps above left.
-    for arch, preset in PRESETS.items():
+    # One that hangs is named: the line of a test begins with it, and its stacks are printed.
+    pytest = ["-m", "pytest", "-m", "gpu", "-vv", "-rf", "--durations=10", "-o", "faulthandler_timeout=60"]
+    pixels = ["tests/gpu/test_views.py", "tests/gpu/test_fused.py"]
+    others = ["tests/gpu", *(f"--ignore={file}" for file in pixels)]
+
+    def step(arch: str) -> Part:
+        arguments = ["-m", "benchmarks.step", "--preset", PRESETS[arch], *small, *quick, "--out", str(scratch)]
+        return Part(f"step {arch}", arguments, 100, partial(_result, scratch, f"step-{arch}*"))
+
+    def variants(arch: str) -> Part:
         out = scratch / f"variants_{arch}"
-        arguments = ["-m", "benchmarks.variants", "--presets", preset, *small, *quick, "--out", str(out)]
+        arguments = ["-m", "benchmarks.variants", "--presets", PRESETS[arch], *small, *quick, "--out", str(out)]
         arguments += ["--compile", "off"] if cpu else []
-        found.append(Part(f"variants {arch}", arguments, 120, partial(_result, out, "variants*")))
-    return found
+        return Part(f"variants {arch}", arguments, 120, partial(_result, out, "variants*"))
+
+    def short(name: str) -> Part:
+        arguments = ["-m", f"benchmarks.{name}", *quick, "--out", str(scratch)]
+        return Part(name, arguments, 90, partial(_result, scratch, f"{name}*"))
+
+    vit_small, *larger = PRESETS
+    return [
+        Part("doctor", ["-m", "benchmarks.doctor"], 30, lambda output: {"lines": output.splitlines()}),
+        Part("GPU tests: views", [*pytest, *pixels], 120, passed),
+        Part("equality", equality, 60, partial(_result, scratch, "equality")),
+        Part(f"{steps} training steps", training, 120, partial(trained, scratch / "run", steps)),
+        step(vit_small),
+        short("loader"),
+        short("ablation"),
+        Part("GPU tests: training", [*pytest, *others], 240, passed),
+        *map(step, larger),
+        # Last: they compile each model once more, from the cache that the steps above left.
+        *map(variants, PRESETS),
+    ]
+
+
+def _repeated(index: DatasetIndex, count: int, folder: Path) -> Path:
+    """A folder of `count` links to the images, over and over."""
+    folder.mkdir()
+    for i, path in enumerate(itertools.islice(itertools.cycle(index.paths), count)):
+        (folder / f"{i:06d}{Path(path).suffix}").symlink_to(Path(path).absolute())
+    return folder
 
 
 def passed(output: str) -> dict[str, Any]:
@@ -148,26 +182,30 @@ def passed(output: str) -> dict[str, Any]:
         kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", lines[-1] if lines else "")
     }
     if not counts.get("passed"):
-        raise ValueError(f"no GPU test ran: {lines[-1] if lines else 'no output'}")
+        raise ValueError(f"no GPU test ran, or not all: {lines[-1] if lines else 'no output'}")
     if counts.keys() & {"failed", "error", "errors"}:
         raise ValueError(lines[-1])
     return counts
 
 
 def trained(run: Path, steps: int, output: str) -> dict[str, Any]:
-    """First and last loss and the rate at the end of a run.
+    """The losses that a run began and ended with, means over a quarter of it, and the rate at its end.
 
     Raises:
-        ValueError: it stopped early, or a loss is not finite.
+        ValueError: it stopped early, a loss or a gradient is not finite, or it learned nothing.
     """
     rows = read_metrics(run)
     if not rows or rows[-1]["step"] != steps:
         raise ValueError(f"{rows[-1]['step'] if rows else 0} of {steps} steps were logged")
-    if not all(math.isfinite(row["loss"]) for row in rows):
-        raise ValueError("a loss is not finite")
+    if not all(math.isfinite(row["loss"]) for row in rows) or any(row.get("bad_steps") for row in rows):
+        raise ValueError("a loss or a gradient is not finite")
+    quarter = -(-len(rows) // 4)
+    first, last = (statistics.fmean(row["loss"] for row in part) for part in (rows[:quarter], rows[-quarter:]))
+    if last >= first:
+        raise ValueError(f"it learned nothing: loss {first:.4f} at first, {last:.4f} at last")
     return {
-        "loss_first": rows[0]["loss"],
-        "loss_last": rows[-1]["loss"],
+        "loss_first": first,
+        "loss_last": last,
         "images_per_second": rows[-1]["images_per_second"],
         "data_wait": rows[-1]["data_wait"],
     }
@@ -193,13 +231,15 @@ def _run(part: Part, deadline: float) -> Outcome:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that worker processes end with it
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},  # what a part printed before it was ended is not lost
     )
     try:
         output, _ = process.communicate(timeout=limit)
         reason = "" if process.returncode == 0 else f"exit code {process.returncode}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for each in list(_family(process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
         output, _ = process.communicate()
         reason = f"ended after {limit:.0f} s"
     seconds, findings = round(time.monotonic() - started, 1), {}
@@ -208,6 +248,14 @@ def _run(part: Part, deadline: float) -> Outcome:
     except ValueError as error:
         reason = f"{reason}; {error}" if reason else str(error)
     return Outcome(part.name, command, not reason, seconds, reason, findings, output[-TAIL:])
+
+
+def _family(process: int) -> Iterator[int]:
+    """A process and all that it started, also those in sessions of their own, as torchrun's under test."""
+    yield process
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in file.read_text().split():
+            yield from _family(int(child))
 
 
 if __name__ == "__main__":

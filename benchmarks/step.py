@@ -75,7 +75,7 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
         compile=flags.compile,
     )
     batch = config.optim.batch_size
-    steps = 2 if common.quick and not cuda else flags.steps or (20 if cuda else 2)
+    steps = flags.steps or (2 if not cuda else 5 if common.quick else 20)
     rounds = 3 if common.quick else common.rounds
     images = common.index(progress)
     threads = common.workers or min(16, env["cores"])

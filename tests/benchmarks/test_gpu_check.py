@@ -1,6 +1,8 @@
 """The check of a GPU machine: what counts as passed, and that one part never takes the others with it."""
 
 import json
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -42,11 +44,15 @@ def test_a_part_that_did_not_do_its_job():
 
 
 def test_a_part_that_hangs_is_ended_with_its_children():
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    code = (
+        "import subprocess, sys; print('begun'); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'], "
+        "start_new_session=True)"
+    )
     started = time.monotonic()
     found = outcome(code, seconds=1.0)
     assert not found.ok
     assert found.reason.startswith("ended after 1 s")
+    assert "begun" in found.output
     assert time.monotonic() - started < 20
 
 
@@ -80,31 +86,45 @@ def test_a_training_is_judged_by_its_rows(tmp_path):
     assert trained(tmp_path, 2, "")["loss_last"] == 2.0
     with pytest.raises(ValueError, match="2 of 3 steps"):
         trained(tmp_path, 3, "")
+    write_metrics(tmp_path, [2.0, 2.5])
+    with pytest.raises(ValueError, match="learned nothing"):
+        trained(tmp_path, 2, "")
     write_metrics(tmp_path, [3.0, float("nan")])
     with pytest.raises(ValueError, match="not finite"):
         trained(tmp_path, 2, "")
 
 
 def test_the_parts_are_all_there(monkeypatch):
-    class Index:
-        tree = Path("tree")
-
-    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: Index)
-    found = parts(GpuCheck(), Path("scratch"))
-    steps, variants = ([f"{kind} {arch}" for arch in gpu_check.PRESETS] for kind in ("step", "variants"))
-    first = ["doctor", "GPU tests", "equality", "200 training steps"]
-    assert [p.name for p in found] == [*first, *steps, "loader", "ablation", *variants]
+    monkeypatch.setattr(gpu_check, "_repeated", lambda index, count, folder: folder)
+    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: None)
+    found = {p.name: p for p in parts(GpuCheck(), Path("scratch"))}
+    benchmarks = [f"{kind} {arch}" for arch in gpu_check.PRESETS for kind in ("step", "variants")]
+    benchmarks += ["loader", "ablation"]
+    others = {"doctor", "GPU tests: views", "GPU tests: training", "equality", "200 training steps"}
+    assert found.keys() == {*benchmarks, *others}
     # Each part's result is looked for where the part writes it.
-    for p in found[len(first) :]:
-        assert isinstance(p.findings, partial)
-        assert p.arguments[p.arguments.index("--out") + 1] == str(p.findings.args[0])
+    for name in benchmarks:
+        findings, arguments = found[name].findings, found[name].arguments
+        assert isinstance(findings, partial)
+        assert arguments[arguments.index("--out") + 1] == str(findings.args[0])
+
+
+def test_every_gpu_test_is_in_one_part(monkeypatch):
+    monkeypatch.setattr(gpu_check, "_repeated", lambda index, count, folder: folder)
+    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: None)
+    commands = [p.arguments for p in parts(GpuCheck(), Path("scratch")) if p.name.startswith("GPU tests")]
+    collected = []
+    for command in commands:
+        done = subprocess.run([sys.executable, *command, "--collect-only", "-qqq"], capture_output=True, text=True)
+        collected += [line for line in done.stdout.splitlines() if "::" in line]
+    whole = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"]
+    expected = subprocess.run(whole, capture_output=True, text=True).stdout.splitlines()
+    assert sorted(collected) == sorted(line for line in expected if "::" in line)
 
 
 def test_every_part_takes_its_flags(monkeypatch, capsys):
-    class Index:
-        tree = Path("tree")
-
-    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: Index)
+    monkeypatch.setattr(gpu_check, "_repeated", lambda index, count, folder: folder)
+    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: None)
     modules = {"loader": loader.Loader, "ablation": ablation.Ablation, "step": step.Step, "variants": variants.Variants}
     for device in ("cuda", "cpu"):
         for p in parts(GpuCheck(device=device), Path("scratch")):
