@@ -2,18 +2,15 @@
 
 As it stands: eager; float16 autocast with a loss scaler on CUDA, float32 on the CPU; one forward pass a view;
 parameters visited one by one in Python for the moving average and by the optimizer; the host waits for the loss and
-for the scaler at every step. Each field of `Changes` takes one of these away; with all but `one_pass` it is the
-trainer's step.
+for the scaler at every step. Each field of `Changes` takes one of these away; with all it is the trainer's step.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model.moco import Pair
 from trainer.config import Config, replace
 from trainer.engine import autocast, build_model, build_optimizer, compile_encoders
 
@@ -31,7 +28,7 @@ class Changes:
     channels_last: bool = False
     uint8: bool = False  # views come as bytes and are normalised by the model
     compile: bool = False
-    one_pass: bool = False  # both views through the backbone at once; exact where it has no batch norm
+    one_pass: bool = False  # both views through the backbone at once, where it has no batch norm
 
 
 class ReferenceStep:
@@ -42,6 +39,7 @@ class ReferenceStep:
         amp = self.changes.amp or ("fp16" if device.type == "cuda" else "off")
         self.config = replace(config, amp=amp)
         self.model = build_model(config, sync_bn=False).to(device)
+        self.model.one_pass &= self.changes.one_pass
         if self.changes.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if self.changes.compile:
@@ -70,22 +68,15 @@ class ReferenceStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with autocast(self.config, self.device):
-            q = self.model.predict(self._features(self.model.encode_view, x1, x2))
+            q = self.model.queries(x1, x2)
             self._update_momentum(momentum)
-            k = self.model.project_keys(self._features(self.model.encode_key_view, x1, x2))
-            loss = self.model.loss(q, k)
+            loss = self.model.loss(q, self.model.keys(x1, x2))
         value: Tensor | float = loss.detach() if self.changes.no_host_wait else loss.item()
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)  # with fp16 the host reads whether a gradient overflowed
         self.scaler.update()
         return value
-
-    def _features(self, encode: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor) -> Pair:
-        if self.changes.one_pass:
-            first, second = encode(torch.cat([x1, x2])).chunk(2)
-            return first, second
-        return encode(x1), encode(x2)
 
     @torch.no_grad()
     def _update_momentum(self, m: float) -> None:
@@ -116,6 +107,8 @@ class LoopLARS(torch.optim.Optimizer):
                     weight, gradient = p.norm(), update.norm()
                     ratio = torch.where((weight > 0) & (gradient > 0), group["trust"] * weight / gradient, 1.0)
                     update = update * ratio
-                buffer = self.state[p].setdefault("mu", torch.zeros_like(p))
+                if "mu" not in self.state[p]:
+                    self.state[p]["mu"] = torch.zeros_like(p)
+                buffer = self.state[p]["mu"]
                 buffer.mul_(group["momentum"]).add_(update)
                 p.add_(buffer, alpha=-group["lr"])

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from trainer.engine import Engine, build_model
 
 REAL, CACHED = "step on JPEGs", "step on a cached batch"
 LOADER, REFERENCE = "loader alone", "reference-style step, cached batch"
+LEAST = 1.0  # seconds of a stretch whose energy is told: the card's counter moves about ten times a second
 QUEUE = 3  # batches that the loader may hold ready: taken out before a timed stretch
 
 
@@ -46,6 +47,7 @@ class Runs:
         self.images_per_joule: dict[str, list[float]] = {}
         self.peak_gb: dict[str, float] = {}
         self._meter = EnergyMeter(device)
+        self._joules: float | None = None  # of the last stretch
         self.left_out = ""
         self.reference: ReferenceStep | None = None
         if reference:
@@ -93,26 +95,33 @@ class Runs:
     def warm_up(self, steps: int) -> None:
         """Run every kind: compilation, autotuning, allocator, and the optimizers' state."""
         for kind in list(self.kinds):
-            others = self._others_bytes(kind)
-            try:
-                self._stretch(kind, steps)
-            except torch.OutOfMemoryError:
-                if kind != REFERENCE:
-                    raise
+            if not self._fits(kind, steps):
                 self._drop_reference()
                 torch.cuda.empty_cache()
-                continue
-            if self.device.type == "cuda" and kind != LOADER:
-                self.peak_gb[kind] = (torch.cuda.max_memory_allocated(self.device) - others) / 1e9
 
-    def _others_bytes(self, kind: str) -> int:
-        """What lies on the card and does not belong to this kind's step; its peak starts anew from here."""
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.reset_peak_memory_stats(self.device)
-        owner = self.reference if kind == REFERENCE else self.engine
-        assert owner is not None
-        return torch.cuda.memory_allocated(self.device) - resident_bytes(owner.model, owner.optimizer)
+    def _fits(self, kind: str, steps: int) -> bool:
+        """Run it; False if it is the reference, and the GPU has no memory for it, too."""
+        cuda = self.device.type == "cuda"
+        try:
+            self._stretch(kind, steps - 1)
+            if cuda:  # the compiler's own scratch memory is no part of a step
+                torch.cuda.reset_peak_memory_stats(self.device)
+                others = torch.cuda.memory_allocated(self.device) - self._resident_bytes(kind)
+            self._stretch(kind, 1)
+        except torch.OutOfMemoryError:
+            if kind != REFERENCE:
+                raise
+            return False
+        if cuda and kind != LOADER:
+            self.peak_gb[kind] = (torch.cuda.max_memory_allocated(self.device) - others) / 1e9
+        return True
+
+    def _resident_bytes(self, kind: str) -> int:
+        """Of what on the card belongs to this kind's step."""
+        if kind == REFERENCE:
+            assert self.reference is not None
+            return resident_bytes(self.reference.model, self.reference.optimizer)
+        return resident_bytes(self.engine.model, self.engine.optimizer, self.engine.guard.copies)
 
     def measure(self, rounds: int, steps: int, progress: Progress) -> None:
         """`rounds` times every kind in turn, `steps` steps each."""
@@ -122,18 +131,12 @@ class Runs:
             for kind in self.kinds:
                 progress.part(f"{kind}: round {turn + 1} of {rounds}")
                 wait_until_idle(self.device)
-                energy = self._meter.joules()
                 self.milliseconds[kind].append(self._stretch(kind, steps))
-                self._count_energy(kind, steps, energy)
+                if self._joules is not None:
+                    images = steps * self.config.optim.batch_size
+                    self.images_per_joule.setdefault(kind, []).append(images / self._joules)
                 if kind in self.intervals:
                     self.intervals[kind].append(self.clock.read())
-
-    def _count_energy(self, kind: str, steps: int, before: float | None) -> None:
-        """Of a stretch, with the batches that were taken out before it."""
-        after = self._meter.joules()
-        if before is not None and after is not None and after > before:
-            images = steps * self.config.optim.batch_size
-            self.images_per_joule.setdefault(kind, []).append(images / (after - before))
 
     def median(self, kind: str) -> float:
         """Milliseconds a step."""
@@ -156,11 +159,13 @@ class Runs:
             next(self.batches)
         self.clock.read()
         finish(self.device)
-        started = time.perf_counter()
+        before, started = self._meter.joules(), time.perf_counter()
         for _ in range(steps):
             step()
         finish(self.device)
-        return 1000 * (time.perf_counter() - started) / steps
+        seconds, after = time.perf_counter() - started, self._meter.joules()
+        self._joules = None if before is None or after is None or seconds < LEAST else after - before
+        return 1000 * seconds / steps
 
     def _real(self) -> None:
         self.clock.begin()
@@ -210,9 +215,9 @@ def _endless(engine: Engine) -> Iterator[Batch]:
         yield from engine.loader
 
 
-def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Of all tensors that stay between steps: parameters, buffers, gradients, the optimizer's state."""
+def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer, kept: Sequence[Tensor] = ()) -> int:
+    """Of all tensors that stay between steps: parameters, buffers, gradients, the optimizer's state, and `kept`."""
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
     state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, Tensor)]
-    return sum(t.numel() * t.element_size() for t in (*parameters, *model.buffers(), *gradients, *state))
+    return sum(t.numel() * t.element_size() for t in (*parameters, *model.buffers(), *gradients, *state, *kept))

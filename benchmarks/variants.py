@@ -1,4 +1,4 @@
-"""Which change makes the step fast? From the reference-style step on, one change a row, and the trainer's.
+"""Which change makes the step fast? From the reference-style step to the trainer's, one change a row.
 
     python -m benchmarks.variants [--presets vit-s-300ep vit-b-300ep r50-100ep] [--batch-size 256] [--quick] [--help]
 
@@ -8,7 +8,7 @@ All rows of an architecture are measured in turns, on one batch that stays on th
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "+ channels_last": {"channels_last": True},
     "+ views as bytes": {"uint8": True},
     "+ torch.compile": {"compile": True},
-    "+ both views in one pass": {"one_pass": True},  # which the trainer does not do: worth it?
+    "+ both views in one pass": {"one_pass": True},
 }
 ROWS = (REFERENCE, *ADDED, OURS)
 PRESETS = ("vit-s-300ep", "vit-b-300ep", "r50-100ep")
@@ -144,7 +144,8 @@ class Rows:
         engine = Engine(config, World(), device, images, build_model(config), threads=1)
         self._views = next(iter(engine.loader)).views
         engine.loader.close()
-        self._add(OURS, lambda: engine.train_step(self._views), engine.model, lambda: engine.optimizer)
+        copies = engine.guard.copies
+        self._add(OURS, lambda: engine.train_step(self._views), engine.model, lambda: engine.optimizer, copies)
         for name, changes in _changes():
             if config.run.amp != "bf16":
                 changes = replace(changes, amp=None)
@@ -154,18 +155,26 @@ class Rows:
             if "bf16" in name and config.run.amp != "bf16":
                 self.left_out.append(f"{name} left out: --amp auto is {config.run.amp} on this device.")
                 continue
-            if changes.one_pass and any(key.endswith("running_mean") for key in engine.model.backbone_state_dict()):
+            if changes.one_pass and not engine.model.one_pass:
                 self.left_out.append(f"{name} left out: the backbone's batch norm takes its statistics from each view.")
                 continue
-            try:
-                self._add_variant(name, ReferenceStep(config, device, changes))
-            except torch.OutOfMemoryError:
-                self._forget(name)
+            if not self._add_variant(name, changes):
+                self.left_out.append(
+                    f"{name} left out: the GPU has no memory for it beside the others; lower --batch-size."
+                )
+                gc.collect()
+                torch.cuda.empty_cache()
 
-    def _add_variant(self, name: str, step: ReferenceStep) -> None:
-        x1, x2 = (step.prepared(view) for view in self._views)
-        lr, momentum = self.config.optim.lr, self.config.model.moco_m
-        self._add(name, lambda: step.train_step(x1, x2, lr, momentum), step.model, lambda: step.optimizer)
+    def _add_variant(self, name: str, changes: Changes) -> bool:
+        """Whether the GPU could hold it, too."""
+        try:
+            step = ReferenceStep(self.config, self.device, changes)
+            x1, x2 = (step.prepared(view) for view in self._views)
+            lr, momentum = self.config.optim.lr, self.config.model.moco_m
+            self._add(name, lambda: step.train_step(x1, x2, lr, momentum), step.model, lambda: step.optimizer)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _add(
         self,
@@ -173,11 +182,12 @@ class Rows:
         step: Callable[[], Any],
         model: torch.nn.Module,
         optimizer: Callable[[], torch.optim.Optimizer],
+        kept: Sequence[torch.Tensor] = (),
     ) -> None:
         """Warm it up, compilation included; its peak is over what its own model keeps, not over the others'."""
         cuda = self.device.type == "cuda"
         if cuda:
-            others = torch.cuda.memory_allocated(self.device) - resident_bytes(model, optimizer())
+            others = torch.cuda.memory_allocated(self.device) - resident_bytes(model, optimizer(), kept)
         for turn in range(WARM_UP):
             if cuda and turn == WARM_UP - 1:  # the compiler's own scratch memory is no part of a step
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -186,11 +196,6 @@ class Rows:
         if cuda:
             self.peak_gb[name] = (torch.cuda.max_memory_allocated(self.device) - others) / 1e9
         self._steps[name] = step
-
-    def _forget(self, name: str) -> None:
-        self.left_out.append(f"{name} left out: the GPU has no memory for it beside the others; lower --batch-size.")
-        gc.collect()
-        torch.cuda.empty_cache()
 
     def measure(self, rounds: int, steps: int, progress: Progress) -> None:
         """`rounds` times every row in turn."""

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.backbones import (
     Backbone,
@@ -40,13 +41,16 @@ class MoCoV3(nn.Module):
         heads: the layout of projector and predictor, kept as an attribute.
         """
         super().__init__()
+        trunk = list(backbone.module.modules())  # still without the head, whose batch norms see a view at a time
         self.base_encoder = backbone.with_head(projector)
         self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
         self.predictor = predictor
         self.normalize = Normalize()
         self.feature_dim, self.heads = backbone.feature_dim, heads
         self.temperature = temperature
-        self._backbone: Callable[[nn.Module, nn.Module, Tensor], Tensor] = _features
+        # To a batch norm each view is a batch of its own (paper, appendix A); else one pass for both gives the same.
+        self.one_pass = not any(isinstance(part, _BatchNorm) for part in trunk)
+        self._backbone: Callable[..., Tensor] = _features
 
     @classmethod
     def build(
@@ -95,11 +99,14 @@ class MoCoV3(nn.Module):
         return self.predict(self.encode(x1, x2))
 
     def encode(self, x1: Tensor, x2: Tensor) -> Pair:
-        """Backbone features (N, feature_dim) of each view, with gradient.
+        """Backbone features (N, feature_dim) of each view, with gradient."""
+        return self._both(self.base_encoder, x1, x2)
 
-        The views pass one after the other: to batch norm each is a batch of its own (paper, appendix A).
-        """
-        return self.encode_view(x1), self.encode_view(x2)
+    def _both(self, encoder: nn.Module, x1: Tensor, x2: Tensor) -> Pair:
+        if self.one_pass:
+            first, second = self._backbone(encoder, self.normalize, x1, x2).chunk(2)
+            return first, second
+        return self._backbone(encoder, self.normalize, x1), self._backbone(encoder, self.normalize, x2)
 
     def encode_view(self, x: Tensor) -> Tensor:
         """Backbone features (N, feature_dim) of one view, with gradient."""
@@ -116,7 +123,7 @@ class MoCoV3(nn.Module):
 
         In training mode with batch statistics, as for queries; running statistics are the momentum encoder's own.
         """
-        return self.project_keys((self.encode_key_view(x1), self.encode_key_view(x2)))
+        return self.project_keys(self._both(self.momentum_encoder, x1, x2))
 
     @torch.no_grad()
     def encode_key_view(self, x: Tensor) -> Tensor:
@@ -161,8 +168,8 @@ class MoCoV3(nn.Module):
             part.compile(**options)
 
 
-def _features(encoder: nn.Module, normalize: nn.Module, x: Tensor) -> Tensor:
-    return features(encoder, normalize(x))
+def _features(encoder: nn.Module, normalize: nn.Module, *views: Tensor) -> Tensor:
+    return features(encoder, normalize(torch.cat(views) if len(views) > 1 else views[0]))
 
 
 class Normalize(nn.Module):

@@ -131,6 +131,8 @@ class Engine:
                 gradient_as_bucket_view=True,
                 **NO_BUFFER_SYNC,
             )
+            # Else it waits for the device at every hundredth step, to time itself; at the first ten it does anyway.
+            self.forward._set_ddp_runtime_logging_sample_rate(1_000_000_000)
 
     def train_step(self, views: tuple[Tensor, ...], indices: Tensor | None = None) -> Tensor:
         """One step on two views (N, 3, S, S), raw uint8 or normalised; returns this rank's loss, on the device.

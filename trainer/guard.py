@@ -22,6 +22,11 @@ class Guard:
         self._moved = [[t.detach() for t in moved if t.dtype == dtype] for dtype in {t.dtype: None for t in moved}]
         self._before = [[torch.empty_like(t) for t in group] for group in self._moved]
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """What is kept of the model, on its device."""
+        return [tensor for group in self._before for tensor in group]
+
     def remember(self) -> None:
         """Before the forward pass: keep what it will write over."""
         for group, before in zip(self._moved, self._before, strict=True):

@@ -68,7 +68,7 @@ def copy_aside(value: Any, before: Any) -> Any:
     The device is waited for once, after all copies were asked for.
     """
     copied = _copied(value, before)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU is not to open the GPU for it
         torch.cuda.current_stream().synchronize()
     return copied
 

@@ -34,7 +34,7 @@ def test_a_trace_tells_the_training_stream_from_the_others(tmp_path):
     both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=both) as profiler:
         with torch.profiler.record_function("forward q"):
-            multiply()
+            multiply(200)
         with torch.cuda.stream(side):
             multiply()
         torch.cuda.synchronize()
@@ -44,7 +44,8 @@ def test_a_trace_tells_the_training_stream_from_the_others(tmp_path):
     assert training is not None
     found = beside(trace, training)
     assert found[OTHER].milliseconds > 0
-    assert 0 <= found[OTHER].hidden <= 1
+    # The side stream had nothing to wait for: at least its beginning ran beside the training stream's work.
+    assert 0 < found[OTHER].hidden <= 1
 
 
 @pytest.fixture

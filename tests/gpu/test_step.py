@@ -51,8 +51,9 @@ def test_no_operation_of_a_step_waits_for_the_gpu(flags, sample):
     engine.loader.close()
 
 
-def test_the_training_thread_never_synchronises_between_two_rows(sample, tmp_path):
-    engine = engine_for(sample / "train", "--device", "cuda", "--amp", "bf16")
+@pytest.mark.parametrize("augment", ["fused", "dali"])
+def test_the_training_thread_never_synchronises_between_two_rows(sample, tmp_path, augment):
+    engine = engine_for(sample / "train", "--device", "cuda", "--amp", "bf16", "--augment", augment)
     batches = iter(engine.loader)
     engine.train_step(next(batches).views)
     torch.cuda.synchronize()

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +115,24 @@ def test_each_view_is_its_own_batch_to_batch_norm():
     assert int(model.predictor[1].num_batches_tracked) == 2
     together = model.predictor(model.base_encoder(torch.cat([x1, x2])))
     assert not torch.allclose(torch.cat([q1, q2]), together, atol=1e-2)
+
+
+@pytest.mark.parametrize(("arch", "passes"), [("vit_small", 1), ("vit_conv_small", 2)])
+def test_both_views_pass_at_once_where_that_gives_the_same(arch, passes):
+    model = tiny(arch).double()
+    x1, x2 = (model.normalize(uint8_images(seed=seed)) for seed in (1, 2))
+    apart = copy.deepcopy(model)
+    apart.one_pass = False
+    ran: list[int] = []
+    model.base_encoder.get_submodule("norm").register_forward_hook(lambda *_: ran.append(1))
+    for each in (model, apart):
+        each(x1, x2, momentum=0.9).backward()
+    assert len(ran) == passes
+    for ours, theirs in zip(model.parameters(), apart.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    for key, value in apart.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-14)
 
 
 def test_keys_have_no_gradient_and_own_batch_statistics():
