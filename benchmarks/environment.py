@@ -44,7 +44,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def busy(facts: dict[str, Any]) -> str:
     """A sentence if others used the machine when the benchmark started, else nothing."""
-    if facts.get("busy_cores", 0.0) < BUSY_SHARE * facts["cores"]:
+    if facts["busy_cores"] < BUSY_SHARE * facts["cores"]:
         return ""
     load = f"others used {facts['busy_cores']} of {facts['cores']} cores at the start"
     return f"The machine was busy: {load}; these numbers are not its best."

@@ -52,7 +52,7 @@ def facts(result: Result) -> str:
     intervals = f", coverage of the intervals {min(stated):.0%} or more" if stated else ""
     return (
         f"{result.created}, commit {commit}. {driver}{versions}. {images}Rounds: {configuration['rounds']}{intervals}. "
-        f"Warm-up: {result.warm_up}. Cores used by others at the start: {env.get('busy_cores', 'not recorded')}."
+        f"Warm-up: {result.warm_up}. Cores used by others at the start: {env['busy_cores']}."
     )
 
 

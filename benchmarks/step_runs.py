@@ -132,7 +132,7 @@ class Runs:
                 progress.part(f"{kind}: round {turn + 1} of {rounds}")
                 wait_until_idle(self.device)
                 self.milliseconds[kind].append(self._stretch(kind, steps))
-                if self._joules is not None:
+                if self._joules:
                     images = steps * self.config.optim.batch_size
                     self.images_per_joule.setdefault(kind, []).append(images / self._joules)
                 if kind in self.intervals:
