@@ -146,7 +146,8 @@ class _Normalize(torch.autograd.Function):
         y = _standardized(x, mean, inverse_std)
         if weight is not None and bias is not None:
             y = y * _along_channels(weight, x) + _along_channels(bias, x)
-        return y.to(x.dtype)
+        # Not a cast that changes nothing: with it, torch 2.11 compiles this to a function whose gradient is 0.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
