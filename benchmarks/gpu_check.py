@@ -7,7 +7,6 @@ the benchmarks, each as a process of its own: one that fails or hangs leaves the
 is done so far. Uses this Python as it stands. Exit code 0: all passed; 1: a part failed or found no time; 2: wrong use.
 """
 
-import itertools
 import json
 import math
 import os
@@ -30,13 +29,16 @@ import tyro
 from rich.console import Console
 
 from benchmarks.environment import ROOT, environment, now
-from benchmarks.generated import FOLDER, generated
+from benchmarks.generated import FOLDER, first, generated
 from dali_pipes import DatasetIndex
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
 from trainer.metrics import read_metrics
+from trainer.run_folder import write_atomically
 
 TAIL = 12000  # characters of output that are kept of a part
+TRAINING = {"cuda": (200, 64), "cpu": (10, 16)}  # steps, batch
+IMAGES = "images"  # what the training reads, in the scratch folder
 PRESETS = {"vit_small": "vit-s-300ep", "vit_base": "vit-b-300ep", "resnet50": "r50-100ep"}
 
 
@@ -94,20 +96,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     hardware = re.sub(r"[^a-z0-9]+", "_", env["hardware"].lower())
     file = flags.out / f"gpu_check-{hardware}.json"
     with tempfile.TemporaryDirectory() as scratch:
-        chosen = parts(flags, Path(scratch))
-        names = [part.name for part in chosen]
-        if unknown := set(flags.only) - set(names):
-            print(f"benchmarks.gpu_check: error: --only {min(unknown)!r}: one of {', '.join(names)}", file=sys.stderr)
+        found = {part.name: part for part in parts(flags, Path(scratch))}
+        if unknown := set(flags.only) - found.keys():
+            print(f"benchmarks.gpu_check: error: --only {min(unknown)!r}: one of {', '.join(found)}", file=sys.stderr)
             return 2
+        # Made here, so that no part pays for it.
+        _link(generated(FOLDER, flags.images), math.prod(TRAINING[flags.device]), Path(scratch, IMAGES))
         outcomes = []
-        for part in chosen:
-            if flags.only and part.name not in flags.only:
-                continue
+        for part in [found[name] for name in found if name in (flags.only or found)]:
             outcome = _run(part, deadline)
             outcomes.append(outcome)
             console.print(f"{'ok  ' if outcome.ok else 'FAIL'} {part.name}: {outcome.seconds:.0f} s {outcome.reason}")
             record = {"schema": 1, "created": started, "environment": env, "parts": [asdict(o) for o in outcomes]}
-            file.write_text(json.dumps(record, indent=1) + "\n")  # each time: whoever lends the GPU may end this, too
+            # Each time: whoever lends the GPU may end this, too.
+            write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
     failed = [o.name for o in outcomes if not o.ok]
     print(f"{file}: " + (f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}" if failed else "all passed"))
     return 1 if failed else 0
@@ -119,12 +121,11 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     where = ["--device", flags.device, "--images", str(flags.images)]
     quick = ["--quick", *where]
     small = ["--batch-size", "2", "--image-size", "32"] if cpu else []
-    # The trainer takes a folder as the user has it: one epoch, so that what is timed is not the checkpoints.
-    steps, batch = (10, 16) if cpu else (200, 64)
-    tree = _repeated(generated(FOLDER, flags.images), steps * batch, scratch / "images")
-    training = ["train_ddp.py", "demo" if cpu else "vit-s-300ep", "--data", str(tree), "--out", str(scratch / "run")]
-    training += ["--device", flags.device, "--batch-size", str(batch), "--no-knn", "--epochs", "1"]
-    training += ["--warmup-epochs", "0"]
+    # One epoch, so that what is timed is not the checkpoints; ten rows, to see it learn.
+    steps, batch = TRAINING[flags.device]
+    training = ["train_ddp.py", "demo" if cpu else "vit-s-300ep", "--data", str(scratch / IMAGES)]
+    training += ["--out", str(scratch / "run"), "--device", flags.device, "--batch-size", str(batch), "--no-knn"]
+    training += ["--epochs", "1", "--warmup-epochs", "0", "--log-every", str(steps // 10)]
     equality = ["-m", "dali_pipes.equality", "--data", str(ROOT / "tests" / "photos"), "--device", flags.device]
     equality += ["--draws", "24", "--sizes", *(["32"] if cpu else ["224", "96", "32"])]
     equality += ["--json", str(scratch / "equality.json")]
@@ -163,12 +164,11 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
     ]
 
 
-def _repeated(index: DatasetIndex, count: int, folder: Path) -> Path:
-    """A folder of `count` links to the images, over and over."""
+def _link(index: DatasetIndex, count: int, folder: Path) -> None:
+    """A folder of `count` links to the images, over and over: the trainer takes a folder, as the user has it."""
     folder.mkdir()
-    for i, path in enumerate(itertools.islice(itertools.cycle(index.paths), count)):
+    for i, path in enumerate(first(index, count).paths):
         (folder / f"{i:06d}{Path(path).suffix}").symlink_to(Path(path).absolute())
-    return folder
 
 
 def passed(output: str) -> dict[str, Any]:
@@ -200,12 +200,12 @@ def trained(run: Path, steps: int, output: str) -> dict[str, Any]:
     if not all(math.isfinite(row["loss"]) for row in rows) or any(row.get("bad_steps") for row in rows):
         raise ValueError("a loss or a gradient is not finite")
     quarter = -(-len(rows) // 4)
-    first, last = (statistics.fmean(row["loss"] for row in part) for part in (rows[:quarter], rows[-quarter:]))
-    if last >= first:
-        raise ValueError(f"it learned nothing: loss {first:.4f} at first, {last:.4f} at last")
+    at_first, at_last = (statistics.fmean(row["loss"] for row in part) for part in (rows[:quarter], rows[-quarter:]))
+    if at_last >= at_first:
+        raise ValueError(f"it learned nothing: loss {at_first:.4f} at first, {at_last:.4f} at last")
     return {
-        "loss_first": first,
-        "loss_last": last,
+        "loss_first": at_first,
+        "loss_last": at_last,
         "images_per_second": rows[-1]["images_per_second"],
         "data_wait": rows[-1]["data_wait"],
     }

@@ -94,9 +94,7 @@ def test_a_training_is_judged_by_its_rows(tmp_path):
         trained(tmp_path, 2, "")
 
 
-def test_the_parts_are_all_there(monkeypatch):
-    monkeypatch.setattr(gpu_check, "_repeated", lambda index, count, folder: folder)
-    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: None)
+def test_the_parts_are_all_there():
     found = {p.name: p for p in parts(GpuCheck(), Path("scratch"))}
     benchmarks = [f"{kind} {arch}" for arch in gpu_check.PRESETS for kind in ("step", "variants")]
     benchmarks += ["loader", "ablation"]
@@ -109,9 +107,7 @@ def test_the_parts_are_all_there(monkeypatch):
         assert arguments[arguments.index("--out") + 1] == str(findings.args[0])
 
 
-def test_every_gpu_test_is_in_one_part(monkeypatch):
-    monkeypatch.setattr(gpu_check, "_repeated", lambda index, count, folder: folder)
-    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: None)
+def test_every_gpu_test_is_in_one_part():
     commands = [p.arguments for p in parts(GpuCheck(), Path("scratch")) if p.name.startswith("GPU tests")]
     collected = []
     for command in commands:
@@ -122,9 +118,7 @@ def test_every_gpu_test_is_in_one_part(monkeypatch):
     assert sorted(collected) == sorted(line for line in expected if "::" in line)
 
 
-def test_every_part_takes_its_flags(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "_repeated", lambda index, count, folder: folder)
-    monkeypatch.setattr(gpu_check, "generated", lambda folder, count: None)
+def test_every_part_takes_its_flags():
     modules = {"loader": loader.Loader, "ablation": ablation.Ablation, "step": step.Step, "variants": variants.Variants}
     for device in ("cuda", "cpu"):
         for p in parts(GpuCheck(device=device), Path("scratch")):
