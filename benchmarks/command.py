@@ -18,6 +18,7 @@ from benchmarks.gpu import GpuSampler
 from benchmarks.progress import Progress
 from benchmarks.results import Result, ResultError
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.listing import training_tree
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
 
@@ -56,8 +57,7 @@ class Common:
         if self.data is None:
             progress.say(f"images: {self.images} generated in {FOLDER}")
             return generated(FOLDER, self.images)
-        train = self.data / "train"
-        found = DatasetIndex.scan(train if train.is_dir() else self.data, outside=self.outside)
+        found = DatasetIndex.scan(training_tree(self.data), outside=self.outside)
         return first(found, min(self.images, len(found)))
 
     def chosen_device(self) -> torch.device:

@@ -13,7 +13,7 @@ from dali_pipes.index import DatasetIndex
 from dali_pipes.views import ViewSpec
 
 OUTPUTS = ("uint8", "float16", "float32")
-_BUFFER = 1 << 30  # bytes of RGB: of what the engine sets aside, which is room for a whole batch of images of one size
+_BUFFER = 1 << 30  # bytes of RGB, for a whole batch: so much at most is the engine asked to set aside beforehand
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Decoder:
 
     @classmethod
     def of(cls, index: DatasetIndex, device: torch.device, batch_size: int, jpeg_engine: bool = True) -> "Decoder":
-        """With a buffer for batches of the index's largest image, within `_BUFFER`: it does not grow in mid-run."""
+        """With a buffer for a batch of the index's largest image where that is within `_BUFFER`, else up to it."""
         side = math.isqrt(_BUFFER // (3 * batch_size))
         height, width = int(index.heights.max()), int(index.widths.max())
         return cls(device.type == "cuda", jpeg_engine, min(height, side), min(width, side))

@@ -24,6 +24,12 @@ class Listing:
     labels: list[int]
 
 
+def training_tree(data: Path) -> Path:
+    """Where the images of a `--data` are: its train/, if there is one, else itself."""
+    train = data / "train"
+    return train if train.is_dir() else data
+
+
 def leaves(name: str) -> bool:
     """Whether a name relative to a folder is of something outside of it."""
     return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir

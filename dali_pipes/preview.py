@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dali_pipes.index import DatasetIndex
+from dali_pipes.listing import training_tree
 from dali_pipes.loader import Batch, ViewLoader
 from dali_pipes.reference import load_image
 from dali_pipes.sampling import SampleParams, sample_params
@@ -50,7 +51,7 @@ def main(
         crop_min: smallest crop, as a share of the image's area.
         outside: let a list file name images outside of its folder.
     """
-    index = DatasetIndex.scan(data / "train" if (data / "train").is_dir() else data, outside=outside)
+    index = DatasetIndex.scan(training_tree(data), outside=outside)
     recipe = MOCO_V3.with_crop_min(crop_min).scaled(image_size)
     loader = ViewLoader(index, recipe, min(count, len(index)), seed, image_size=image_size)
     loader.set_epoch(epoch)

@@ -14,6 +14,7 @@ import torch
 from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.augment import missing_c_compiler, why_not_fused
 from dali_pipes.failures import tolerated
+from dali_pipes.listing import training_tree
 from trainer import checkpoint, resume
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
@@ -162,10 +163,8 @@ def _missing_compiler(device: torch.device) -> str | None:
 
 def _trees(data: Path) -> tuple[Path, Path | None]:
     """Training tree and validation tree of `--data`."""
-    train, val = data / "train", data / "val"
-    if not train.is_dir():
-        return data, None
-    return train, val if val.is_dir() else None
+    train, val = training_tree(data), data / "val"
+    return train, val if train != data and val.is_dir() else None
 
 
 def _as_started(now: DatasetIndex, origin: Path, most: int | None, display: Display) -> tuple[DatasetIndex, list[int]]:
