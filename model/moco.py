@@ -41,15 +41,14 @@ class MoCoV3(nn.Module):
         heads: the layout of projector and predictor, kept as an attribute.
         """
         super().__init__()
-        trunk = list(backbone.module.modules())  # still without the head, whose batch norms see a view at a time
+        # To a batch norm each view is a batch of its own (paper, appendix A); else one pass for both gives the same.
+        self.one_pass = not any(isinstance(part, _BatchNorm) for part in backbone.module.modules())
         self.base_encoder = backbone.with_head(projector)
         self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
         self.predictor = predictor
         self.normalize = Normalize()
         self.feature_dim, self.heads = backbone.feature_dim, heads
         self.temperature = temperature
-        # To a batch norm each view is a batch of its own (paper, appendix A); else one pass for both gives the same.
-        self.one_pass = not any(isinstance(part, _BatchNorm) for part in trunk)
         self._backbone: Callable[..., Tensor] = _features
 
     @classmethod
