@@ -162,7 +162,7 @@ def draw(result: Result) -> Figure:
     """Smoothed losses above, what separates them from the plain one below."""
     chart, ((losses,), (gaps,)) = charts.figure(
         result,
-        f"{result.subject}, the same batches: amp {result.configuration['amp']} and plain float32",
+        f"{result.subject}: amp {result.configuration['amp']}, compile {result.configuration['compile']}, and float32",
         [8, 6],
     )
     colours = {FAST: charts.ACCENT, PLAIN: "#222222", OTHER_SEED: charts.PLAIN}
