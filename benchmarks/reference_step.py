@@ -2,7 +2,8 @@
 
 As it stands: eager; float16 autocast with a loss scaler on CUDA, float32 on the CPU; one forward pass a view;
 parameters visited one by one in Python for the moving average and by the optimizer; the host waits for the loss and
-for the scaler at every step. Each field of `Changes` takes one of these away; with all it is the trainer's step.
+for the scaler at every step. Each field of `Changes` takes one of these away; with all it is the trainer's step but for
+what that does to watch over a run: the norm of the gradients, and the copies to take a bad step back.
 """
 
 from dataclasses import dataclass
