@@ -107,6 +107,7 @@ def test_the_parts_are_all_there():
         assert arguments[arguments.index("--out") + 1] == str(findings.args[0])
 
 
+@pytest.mark.slow
 def test_every_gpu_test_is_in_one_part():
     commands = [p.arguments for p in parts(GpuCheck(), Path("scratch")) if p.name.startswith("GPU tests")]
     collected = []
