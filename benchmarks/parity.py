@@ -1,10 +1,11 @@
 """Does the fast step learn what the plain one learns? Hundreds of steps of both on the same batches.
 
-    python -m benchmarks.parity [--preset demo] [--steps 500] [--batch-size 32] [--help]
+    python -m benchmarks.parity [--preset demo] [--steps 500] [--batch-size 32] [--float8] [--help]
 
 The trainer's step as it is fast (bf16, compiled where there is a compiler, channels_last, fused) beside plain eager
 float32 steps from the same weights. The yardstick is a third run, plain again, from the weights of another seed: what
-separates the two must be no more than what separates two seeds.
+separates the two must be no more than what separates two seeds. With `--float8` the optimised step runs once more, with
+float8 linear layers.
 """
 
 import sys
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from benchmarks import charts
 from benchmarks.command import Common, run
 from benchmarks.environment import environment, now
+from benchmarks.float8 import float8_blocks, multiplies_float8
 from benchmarks.generated import describe, first
 from benchmarks.progress import Progress
-from benchmarks.reference_step import Changes, ReferenceStep
+from benchmarks.reference_step import Changes, ReferenceStep, side_by_side
 from benchmarks.results import Measurement, Result
 from benchmarks.step import training_config
 from benchmarks.tables import number
@@ -33,6 +35,8 @@ from trainer.distributed import World
 from trainer.engine import Engine, build_model
 
 FAST, PLAIN, OTHER_SEED = "optimised", "plain eager float32", "plain eager float32, another seed"
+FLOAT8 = "optimised, float8 linear layers"
+COLOURS = {FAST: charts.ACCENT, FLOAT8: "#d9822b", PLAIN: "#222222", OTHER_SEED: charts.PLAIN}
 SMOOTH = 25  # steps of a mean
 LAST = 100  # steps that the end of a curve is
 WARM_UP_SHARE = 0.1  # of the schedule, which ends with the last step
@@ -53,12 +57,14 @@ class Parity:
     """Of the optimised step."""
     compile: Literal["auto", "on", "off"] = "on"
     """Of the optimised step; off where there is no compiler."""
+    float8: bool = False
+    """Also the optimised step with the transformer's linear layers in float8, an experiment; needs torchao."""
     steps: int = 500
     """Steps of each run; the schedule is as long."""
 
 
 def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> Result:
-    """Run all three side by side, on each batch in turn."""
+    """Run all side by side, on each batch in turn."""
     common, cuda = flags.common, device.type == "cuda"
     steps = 20 if common.quick else flags.steps
     if steps < SMOOTH and not common.quick:
@@ -78,7 +84,12 @@ def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> R
     images = first(images, max(len(images), batch))
     epochs = -(-steps // (len(images) // batch))
     config = configuration.replace(config, epochs=epochs, warmup_epochs=round(WARM_UP_SHARE * epochs))
-    curves = train(config, device, images, steps, common.workers or min(16, env["cores"]), progress)
+    threads = common.workers or min(16, env["cores"])
+    with side_by_side():
+        curves = train(config, device, images, steps, threads, progress, flags.float8)
+    notes = [verdict(curves, name) for name in (FAST, FLOAT8) if name in curves]
+    if flags.float8 and not multiplies_float8(device):
+        notes.append("Float8 is emulated here: values are rounded to it, and the products are those of float32.")
     return Result(
         benchmark="parity",
         subject=config.model.arch,
@@ -87,6 +98,7 @@ def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> R
         configuration={
             "quick": common.quick,
             **{key: value for key, value in config.flags().items() if key not in ("data", "out", "resume")},
+            "float8": flags.float8,
             "steps": steps,
             "rounds": 1,
             "data": "generated" if common.data is None else common.data.name,
@@ -94,27 +106,38 @@ def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> R
         },
         warm_up="none: the first step counts",
         measurements=tuple(summary(curves)),
-        notes=(verdict(curves),),
+        notes=tuple(notes),
         settings={name: {"loss": [round(value, 5) for value in curve]} for name, curve in curves.items()},
     )
 
 
 def train(
-    config: Config, device: torch.device, images: DatasetIndex, steps: int, threads: int, progress: Progress
+    config: Config,
+    device: torch.device,
+    images: DatasetIndex,
+    steps: int,
+    threads: int,
+    progress: Progress,
+    float8: bool = False,
 ) -> dict[str, list[float]]:
-    """The losses of every step of the three runs."""
-    engine = Engine(config, World(), device, images, build_model(config), threads)
+    """The losses of every step of the runs."""
+    models = {FAST: build_model(config)}
+    if float8:
+        models[FLOAT8] = float8_blocks(build_model(config), device)
+    fast = {name: Engine(config, World(), device, images, model, threads) for name, model in models.items()}
     plain = {
         name: ReferenceStep(configuration.replace(config, seed=seed), device, Changes(amp="off", no_host_wait=True))
         for name, seed in {PLAIN: config.optim.seed, OTHER_SEED: config.optim.seed + 1}.items()
     }
-    losses: dict[str, list[torch.Tensor]] = {name: [] for name in (FAST, *plain)}
+    losses: dict[str, list[torch.Tensor]] = {name: [] for name in (*fast, *plain)}
+    engine = fast[FAST]
     progress.expect(steps)
     try:
         while engine.step < steps:
             for batch in engine.loader:
                 progress.part(f"step of each: loss {float(losses[FAST][-1]):.3f}" if losses[FAST] else "step of each")
-                losses[FAST].append(engine.train_step(batch.views))
+                for name, each in fast.items():
+                    losses[name].append(each.train_step(batch.views))
                 for name, step in plain.items():
                     views = [step.prepared(view) for view in batch.views]
                     loss = step.train_step(views[0], views[1], engine.lr, engine.momentum)
@@ -138,7 +161,7 @@ def summary(curves: dict[str, list[float]]) -> list[Measurement]:
         Measurement("loss", name, f"mean of the last {LAST} steps", (float(np.mean(curve[-LAST:])),), "neither")
         for name, curve in curves.items()
     ]
-    for name in (FAST, OTHER_SEED):
+    for name in (name for name in curves if name != PLAIN):
         gap = np.abs(smoothed(curves[name]) - smoothed(curves[PLAIN]))
         group = f"distance from {PLAIN}, means of {SMOOTH} steps"
         found += [
@@ -148,12 +171,12 @@ def summary(curves: dict[str, list[float]]) -> list[Measurement]:
     return found
 
 
-def verdict(curves: dict[str, list[float]]) -> str:
-    """Whether the optimised curve is nearer to the plain one than another seed's is."""
-    ours, seeds = (np.abs(smoothed(curves[name]) - smoothed(curves[PLAIN])).mean() for name in (FAST, OTHER_SEED))
+def verdict(curves: dict[str, list[float]], name: str = FAST) -> str:
+    """Whether that curve is nearer to the plain one than another seed's is."""
+    ours, seeds = (np.abs(smoothed(curves[curve]) - smoothed(curves[PLAIN])).mean() for curve in (name, OTHER_SEED))
     within = "within" if ours <= seeds else "beyond"
     return (
-        f"Over {len(curves[FAST])} steps the optimised loss is {number(ours)} from the plain one on average, "
+        f"{name}: over {len(curves[PLAIN])} steps the loss is {number(ours)} from the plain one on average, "
         f"another seed's is {number(seeds)}: {within} the noise between seeds."
     )
 
@@ -165,15 +188,14 @@ def draw(result: Result) -> Figure:
         f"{result.subject}: amp {result.configuration['amp']}, compile {result.configuration['compile']}, and float32",
         [8, 6],
     )
-    colours = {FAST: charts.ACCENT, PLAIN: "#222222", OTHER_SEED: charts.PLAIN}
-    curves = {name: result.settings[name]["loss"] for name in colours}
+    curves = {name: result.settings[name]["loss"] for name in COLOURS if name in result.settings}
     for name, curve in curves.items():
         mean = smoothed(curve)
         at = np.arange(len(mean)) + len(curve) - len(mean) + 1
-        losses.plot(range(1, len(curve) + 1), curve, color=colours[name], alpha=0.15, linewidth=0.6)
-        losses.plot(at, mean, color=colours[name], label=name, linewidth=1.5)
+        losses.plot(range(1, len(curve) + 1), curve, color=COLOURS[name], alpha=0.15, linewidth=0.6)
+        losses.plot(at, mean, color=COLOURS[name], label=name, linewidth=1.5)
         if name != PLAIN:
-            gaps.plot(at, mean - smoothed(curves[PLAIN]), color=colours[name], label=f"{name} - plain", linewidth=1.5)
+            gaps.plot(at, mean - smoothed(curves[PLAIN]), color=COLOURS[name], label=f"{name} - plain", linewidth=1.5)
     gaps.axhline(0, color="#222222", linewidth=0.8)
     losses.set_ylabel("loss")
     gaps.set_ylabel("difference of the loss")

@@ -6,12 +6,14 @@ for the scaler at every step. Each field of `Changes` takes one of these away; w
 what that does to watch over a run: the norm of the gradients, and the copies to take a bad step back.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from benchmarks.float8 import float8_blocks
 from trainer.config import Config, replace
 from trainer.engine import autocast, build_model, build_optimizer, compile_encoders
 
@@ -30,6 +32,9 @@ class Changes:
     uint8: bool = False  # views come as bytes and are normalised by the model
     compile: bool = False
     one_pass: bool = False  # both views through the backbone at once, where it has no batch norm
+    # What train_ddp.py does not do:
+    cuda_graphs: bool = False  # each compiled part is replayed as a whole
+    float8: bool = False  # linear layers of a transformer's blocks
 
 
 class ReferenceStep:
@@ -43,8 +48,10 @@ class ReferenceStep:
         self.model.one_pass &= self.changes.one_pass
         if self.changes.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
+        if self.changes.float8:
+            float8_blocks(self.model, device)
         if self.changes.compile:
-            compile_encoders(self.model)
+            compile_encoders(self.model, **({"mode": "reduce-overhead"} if self.changes.cuda_graphs else {}))
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
@@ -68,6 +75,8 @@ class ReferenceStep:
         """One step with this learning rate and momentum coefficient; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.changes.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # nothing that the last step's graphs gave is needed any more
         with autocast(self.config, self.device):
             q = self.model.queries(x1, x2)
             self._update_momentum(momentum)
@@ -87,6 +96,11 @@ class ReferenceStep:
         pairs = zip(self.model.base_encoder.parameters(), self.model.momentum_encoder.parameters(), strict=True)
         for base, slow in pairs:
             slow.mul_(m).add_(base, alpha=1 - m)
+
+
+def side_by_side() -> AbstractContextManager[Any]:
+    """To compile several models of one class: to Dynamo the second is a recompilation of the first, and too many."""
+    return cast(AbstractContextManager[Any], torch._dynamo.config.patch(recompile_limit=64))
 
 
 class LoopLARS(torch.optim.Optimizer):

@@ -19,9 +19,10 @@ from benchmarks import charts, flops
 from benchmarks.clocks import finish, wait_until_idle
 from benchmarks.command import Common, run
 from benchmarks.environment import environment, now
+from benchmarks.float8 import multiplies_float8
 from benchmarks.generated import describe, first
 from benchmarks.progress import Progress
-from benchmarks.reference_step import Changes, ReferenceStep
+from benchmarks.reference_step import Changes, ReferenceStep, side_by_side
 from benchmarks.results import Measurement, Result
 from benchmarks.step import training_config
 from benchmarks.step_runs import resident_bytes
@@ -33,20 +34,24 @@ from trainer.engine import Engine, build_model
 
 REFERENCE, OURS = "reference-style step", "train_ddp.py's step"
 # Each row keeps the changes of those above it. AMP comes after the optimizer, because bf16 also ends the loss scaler.
+BF16, ONE_PASS = "+ bf16, no loss scaler", "+ both views in one pass"
 ADDED: dict[str, dict[str, Any]] = {
     "+ moving average in one call": {"foreach_ema": True},
     "+ fused optimizer": {"fused_optimizer": True},
-    "+ bf16, no loss scaler": {"amp": "bf16"},
+    BF16: {"amp": "bf16"},
     "+ no wait for the loss": {"no_host_wait": True},
     "+ channels_last": {"channels_last": True},
     "+ views as bytes": {"uint8": True},
     "+ torch.compile": {"compile": True},
-    "+ both views in one pass": {"one_pass": True},
+    ONE_PASS: {"one_pass": True},
 }
-ROWS = (REFERENCE, *ADDED, OURS)
+# Each with all of the changes above, and not in the trainer's step.
+CUDA_GRAPHS, FLOAT8 = "experiment: CUDA graphs", "experiment: float8 linear layers"
+EXPERIMENTS: dict[str, dict[str, Any]] = {CUDA_GRAPHS: {"cuda_graphs": True}, FLOAT8: {"float8": True}}
+ROWS = (REFERENCE, *ADDED, OURS, *EXPERIMENTS)
 PRESETS = ("vit-s-300ep", "vit-b-300ep", "r50-100ep")
 QUANTITIES = ("images/s", "ms/step", "MFU, %", "peak memory, GB")
-WARM_UP, RECOMPILATIONS = 3, 64
+WARM_UP = 3
 SMALL = {"moco_mlp_dim": 512}  # on the CPU
 SMALL_VIT = {**SMALL, "depth": 2}
 
@@ -86,8 +91,7 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
     notes: list[str] = []
     for config in configs:
         progress.say(f"{config.model.arch}: building and warming up {len(ROWS)} steps …")
-        # Two compiled models of one class: to Dynamo the second is a recompilation of the first, and too many.
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+        with side_by_side():
             rows = Rows(config, device, first(images, max(len(images), batch)))
             rows.measure(rounds, steps, progress)
         measurements += rows.measurements(bound)
@@ -149,32 +153,42 @@ class Rows:
         for name, changes in _changes():
             if config.run.amp != "bf16":
                 changes = replace(changes, amp=None)
-            if changes.compile and config.run.compile == "off":
-                self.left_out.append(f"{name} left out: nothing is compiled here.")
-                continue
-            if "bf16" in name and config.run.amp != "bf16":
-                self.left_out.append(f"{name} left out: --amp auto is {config.run.amp} on this device.")
-                continue
-            if changes.one_pass and not engine.model.one_pass:
-                self.left_out.append(f"{name} left out: the backbone's batch norm takes its statistics from each view.")
-                continue
-            if not self._add_variant(name, changes):
-                self.left_out.append(
-                    f"{name} left out: the GPU has no memory for it beside the others; lower --batch-size."
-                )
-                gc.collect()
-                torch.cuda.empty_cache()
+            reason = self._why_not(name, changes, engine.model.one_pass) or self._add_variant(name, changes)
+            if reason:
+                self.left_out.append(f"{name} left out: {reason}.")
 
-    def _add_variant(self, name: str, changes: Changes) -> bool:
-        """Whether the GPU could hold it, too."""
+    def _why_not(self, name: str, changes: Changes, one_pass: bool) -> str | None:
+        """What keeps a row from being measured here, as one phrase; None if nothing does."""
+        if changes.compile and self.config.run.compile == "off":
+            return "nothing is compiled here"
+        if name == BF16 and self.config.run.amp != "bf16":
+            return f"--amp auto is {self.config.run.amp} on this device"
+        if name == ONE_PASS and not one_pass:
+            return "the backbone's batch norm takes its statistics from each view"
+        if name == CUDA_GRAPHS and self.device.type != "cuda":
+            return "the CPU has none"
+        if name == FLOAT8 and not multiplies_float8(self.device):
+            return "this device does not multiply float8"
+        return None
+
+    def _add_variant(self, name: str, changes: Changes) -> str | None:
+        """Build and warm it up; why that did not work, as one phrase, or None."""
         try:
             step = ReferenceStep(self.config, self.device, changes)
             x1, x2 = (step.prepared(view) for view in self._views)
             lr, momentum = self.config.optim.lr, self.config.model.moco_m
             self._add(name, lambda: step.train_step(x1, x2, lr, momentum), step.model, lambda: step.optimizer)
+            return None
         except torch.OutOfMemoryError:
-            return False
-        return True
+            reason = "the GPU has no memory for it beside the others; lower --batch-size"
+        except (ConfigError, RuntimeError) as error:
+            if name not in EXPERIMENTS:
+                raise
+            reason = str(error).partition("\n")[0]
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return reason
 
     def _add(
         self,
@@ -234,6 +248,8 @@ def _changes() -> Iterator[tuple[str, Changes]]:
     for name, added in ADDED.items():
         changes = replace(changes, **added)
         yield name, changes
+    for name, added in EXPERIMENTS.items():
+        yield name, replace(changes, **added)
 
 
 def draw(result: Result) -> Figure:

@@ -223,8 +223,8 @@ class Engine:
         self.watch.skipped = self.notes.get("skipped_steps", 0)
 
 
-def compile_encoders(model: MoCoV3) -> None:
-    """torch.compile the parts of the model."""
+def compile_encoders(model: MoCoV3, **options: Any) -> None:
+    """torch.compile the parts of the model, with these options."""
     # DDP's own graph splitter would cut the encoders at every bucket.
     torch._dynamo.config.optimize_ddp = False
-    model.compile_parts()
+    model.compile_parts(**options)

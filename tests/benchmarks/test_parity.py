@@ -4,25 +4,38 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.parity import FAST, LAST, OTHER_SEED, PLAIN, SMOOTH, draw, summary, train, verdict
+from benchmarks.parity import FAST, FLOAT8, LAST, OTHER_SEED, PLAIN, SMOOTH, draw, summary, train, verdict
 from benchmarks.progress import Progress
 from dali_pipes import DatasetIndex
 from trainer.config import Config, replace
 from trainer.presets import PRESETS
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-def test_in_float32_the_trainers_step_is_the_plain_one(tree, optimizer):
+def trained(tree, optimizer, float8=False):
     sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "moco_dim": 16, "moco_mlp_dim": 32, "image_size": 32}
     config: Config = replace(
         PRESETS["demo"](), **sizes, data=tree, out=tree, batch_size=6, amp="off", compile="off",
         optimizer=optimizer, lr=0.05 if optimizer == "lars" else 8e-3, epochs=4, warmup_epochs=1,
     )  # fmt: skip
-    curves = train(config, torch.device("cpu"), DatasetIndex.scan(tree), 7, 1, Progress("parity"))
+    return train(config, torch.device("cpu"), DatasetIndex.scan(tree), 7, 1, Progress("parity"), float8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+def test_in_float32_the_trainers_step_is_the_plain_one(tree, optimizer):
+    curves = trained(tree, optimizer)
     assert [len(curve) for curve in curves.values()] == [7, 7, 7]
     assert curves[FAST] == pytest.approx(curves[PLAIN], rel=1e-3)
     assert curves[OTHER_SEED] != pytest.approx(curves[PLAIN], rel=1e-2)
     assert curves[FAST][-1] != pytest.approx(curves[FAST][0], rel=1e-2)  # it learns, so that equality says something
+
+
+def test_float8_has_a_curve_of_its_own_and_leaves_the_others_alone(tree):
+    pytest.importorskip("torchao")
+    curves, without = trained(tree, "adamw", float8=True), trained(tree, "adamw")
+    assert {name: curve for name, curve in curves.items() if name != FLOAT8} == without
+    assert curves[FLOAT8][0] == pytest.approx(curves[FAST][0], rel=0.05)  # the first: from the same weights
+    assert curves[FLOAT8] == pytest.approx(curves[FAST], rel=0.2)
+    assert curves[FLOAT8] != pytest.approx(curves[FAST], rel=1e-4)
 
 
 def lines(ours, seed, steps=200):

@@ -88,7 +88,9 @@ def test_variants_reach_the_trainers_step(result_of):
     result = result_of(variants.Variants, variants.measure_variants, variants.draw, *flags)
     rates = [m.name for m in result.of("vit_conv_small") if m.quantity == "images/s"]
     assert rates[0] == variants.REFERENCE
-    assert rates[-1] == variants.OURS
+    assert variants.OURS in rates
+    # The experiments are measured, too, or it is said why not.
+    assert all(name in rates or any(name in note for note in result.notes) for name in variants.EXPERIMENTS)
     memory = [m.values[0] for m in result.of("vit_conv_small") if m.quantity == "peak memory, GB"]
     assert len(memory) == len(rates)
     assert min(memory) > 0
