@@ -27,7 +27,8 @@ def rounded(x, dtype):
 
 def test_products_are_of_float8_values_in_both_directions(model):
     pytest.importorskip("torchao")
-    layer = float8_blocks(model, CPU).base_encoder.blocks[0].mlp.fc1
+    layer = float8_blocks(model, CPU).base_encoder.get_submodule("blocks.0.mlp.fc1")
+    assert isinstance(layer, torch.nn.Linear)
     x = torch.randn(5, 32, requires_grad=True)
     y = layer(x)
     towards = torch.randn_like(y)
