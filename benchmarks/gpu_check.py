@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = tyro.cli(GpuCheck, prog="python -m benchmarks.gpu_check", args=argv)
     try:
         device = choose_device(flags.device, World())
+        names = [part.name for part in parts(flags, Path())]
+        if unknown := set(flags.only) - set(names):
+            raise ConfigError(f"--only {min(unknown)!r}: one of {', '.join(names)}")
         flags.out.mkdir(parents=True, exist_ok=True)
     except (ConfigError, OSError) as error:
         print(f"benchmarks.gpu_check: error: {error}", file=sys.stderr)
@@ -96,14 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     hardware = re.sub(r"[^a-z0-9]+", "_", env["hardware"].lower())
     file = flags.out / f"gpu_check-{hardware}.json"
     with tempfile.TemporaryDirectory() as scratch:
-        found = {part.name: part for part in parts(flags, Path(scratch))}
-        if unknown := set(flags.only) - found.keys():
-            print(f"benchmarks.gpu_check: error: --only {min(unknown)!r}: one of {', '.join(found)}", file=sys.stderr)
-            return 2
         # Made here, so that no part pays for it.
         _link(generated(FOLDER, flags.images), math.prod(TRAINING[flags.device]), Path(scratch, IMAGES))
         outcomes = []
-        for part in [found[name] for name in found if name in (flags.only or found)]:
+        for part in parts(flags, Path(scratch)):
+            if part.name not in (flags.only or names):
+                continue
             outcome = _run(part, deadline)
             outcomes.append(outcome)
             console.print(f"{'ok  ' if outcome.ok else 'FAIL'} {part.name}: {outcome.seconds:.0f} s {outcome.reason}")

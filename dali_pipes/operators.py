@@ -24,6 +24,7 @@ Inputs = Mapping[str, Node]
 # DALI rounds to nearest where Pillow's blend truncates. 1/1024 keeps whole numbers, which float32 may place just below,
 # on their side.
 _TRUNCATE = -0.5 + 1 / 1024
+_HALF_UP = 2.0**-13  # before rounding, as Pillow rounds; alone, DALI takes ties to the even number on the GPU
 _DIFFERENCES = [0.0, 1.0, -1.0, -1.0, 0.0, 1.0, 1.0, -1.0, 0.0]  # (R, G, B) to (G - B, B - R, R - G)
 
 
@@ -85,11 +86,11 @@ def _resize(x: Node, size: Node | list[int], start: Node, end: Node) -> Node:
 
 
 def _divide_rows(x: Node, inputs: Inputs) -> Node:
-    return fn.normalize(x, mean=0.0, stddev=inputs["row_weights"], axes=[1, 2], dtype=types.UINT8)
+    return fn.normalize(x, mean=0.0, stddev=inputs["row_weights"], axes=[1, 2], shift=_HALF_UP, dtype=types.UINT8)
 
 
 def _divide_columns(x: Node, inputs: Inputs) -> Node:
-    return fn.normalize(x, mean=0.0, stddev=inputs["column_weights"], axes=[0, 2], dtype=types.UINT8)
+    return fn.normalize(x, mean=0.0, stddev=inputs["column_weights"], axes=[0, 2], shift=_HALF_UP, dtype=types.UINT8)
 
 
 def jitter(x: Node, inputs: Inputs) -> Node:

@@ -135,6 +135,14 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_part_that_is_not_there_is_told_before_anything_is_made(capsys, tmp_path):
+    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path / "out"), "--only", "loader", "steps"]) == 2
+    error = capsys.readouterr().err
+    assert "--only 'steps': one of doctor, " in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_benchmark_is_judged_by_the_file_it_wrote(result, tmp_path):
     with pytest.raises(ValueError, match="no result"):
         gpu_check._result(tmp_path, "loader*", "")

@@ -67,6 +67,22 @@ def test_crop_of_extreme_boxes(pictures, box):
     assert gap.most <= 1
 
 
+def reduced(ratio, device="cpu"):
+    """Noise made smaller by that ratio, by the operators and by Pillow: many results lie halfway between two bytes."""
+    side, count = int(32 * ratio), 8
+    noise = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    origin = np.zeros((count, 2), np.int32)
+    window = Window(origin, np.full_like(origin, side), np.full_like(origin, 32), origin)
+    parts = [lambda image, x: operators.crop(image, x, 32)]
+    ours = alone.apply(parts, list(noise), crop_arguments(window, 32), device)[0]
+    return ours, [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)) for image in noise]
+
+
+@pytest.mark.parametrize("ratio", [1.5, 2, 3, 4])
+def test_crop_rounds_halves_up(ratio):
+    np.testing.assert_array_equal(*reduced(ratio))
+
+
 def test_brightness(squares):
     factors = drawn(0.6, 1.4, len(squares))
     matrices = brightness_matrix(factors)

@@ -17,6 +17,7 @@ from dali_pipes.reference import load_image
 from tests.dali_pipes.test_failures import delete, empty, halve, truncate, zero
 from tests.dali_pipes.test_fused import normalised
 from tests.dali_pipes.test_fused_loader import after_the_crop, crops_only
+from tests.dali_pipes.test_operators import reduced
 
 SIZE = 96
 PHOTOS = Path(__file__).parents[1] / "photos"
@@ -73,6 +74,11 @@ def test_the_back_ends_differ_by_the_operators_rounding(photos):
         gap = Gap.between(ours.cpu().numpy(), theirs.cpu().numpy())
         assert gap.mean < 0.05
         assert gap.by_more < 0.005
+
+
+@pytest.mark.parametrize("ratio", [1.5, 2, 3, 4])
+def test_crop_rounds_halves_up(ratio):
+    np.testing.assert_array_equal(*reduced(ratio, "cuda"))
 
 
 @pytest.mark.parametrize("engine", [True, False])
