@@ -17,13 +17,14 @@ from model import contrastive
 from trainer.engine import Engine
 
 # In the order of the step. "prepare" is the schedules and zero_grad; "backward" begins where the loss is known, and
-# holds DDP's averaging and the unscaling of fp16; "gather" is the keys of the other ranks.
+# holds DDP's averaging and the unscaling of fp16; "gather" is what is left to wait of the exchange of the keys, which
+# began before "forward q".
 INTERVALS = (
     "data wait",
     "prepare",
-    "forward q",
     "EMA",
     "forward k",
+    "forward q",
     "gather",
     "loss",
     "backward",
@@ -123,13 +124,13 @@ def watched(engine: Engine, clock: StepClock) -> Iterator[None]:
     for method, interval in parts.items():
         setattr(moco, method, announced(getattr(moco, method), interval))
     moco.loss = announced(moco.loss, "loss", then="backward")
-    gather = contrastive.gather
-    contrastive.gather = announced(gather, "gather", then="loss")
+    finish = contrastive.finish
+    contrastive.finish = announced(finish, "gather", then="loss")
     hook = engine.optimizer.register_step_pre_hook(lambda *_: clock.switch("optimizer"))
     try:
         yield
     finally:
         hook.remove()
-        contrastive.gather = gather
+        contrastive.finish = finish
         for method in (*parts, "loss"):
             delattr(moco, method)  # the class's own shows again

@@ -47,7 +47,7 @@ class Step:
     """Images a step (default: 256 on a GPU, 32 on the CPU)."""
     image_size: int | None = None
     """Side of the views, in pixels (default: the preset's)."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    amp: Literal["auto", "bf16", "fp16", "tf32", "off"] = "auto"
     """As in train_ddp.py."""
     compile: Literal["auto", "on", "off"] = "auto"
     """As in train_ddp.py."""
@@ -131,7 +131,7 @@ def training_config(
     preset: str,
     batch_size: int,
     image_size: int | None = None,
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto",
+    amp: Literal["auto", "bf16", "fp16", "tf32", "off"] = "auto",
     compile: Literal["auto", "on", "off"] = "auto",
 ) -> Config:
     """The trainer's configuration that is measured, with nothing left at `auto`.

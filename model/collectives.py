@@ -23,9 +23,19 @@ def rank() -> int:
 
 def gather(x: Tensor) -> Tensor:
     """(N, ...) of every rank, the same shape on each, to (N x world size, ...) in rank order, without gradient."""
+    return finish(start_gather(x))
+
+
+def start_gather(x: Tensor) -> Tensor:
+    """`gather`, to go on beside what is computed until `finish` is called with what this returns."""
     if world_size() == 1:
         return x.detach()
-    return functional.wait_tensor(_all_gather(x.detach().contiguous(), 0, _group()))
+    return _all_gather(x.detach().contiguous(), 0, _group())
+
+
+def finish(under_way: Tensor) -> Tensor:
+    """The result of what was started; on a GPU the current stream waits for it, and the host does not."""
+    return functional.wait_tensor(under_way) if world_size() > 1 else under_way
 
 
 def add_up(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from model.backbones import (
     head,
     state_without_head,
 )
+from model.collectives import start_gather
 from model.contrastive import contrastive_loss
 from model.heads import Layout, predictor, projector
 from model.sync_bn import convert
@@ -88,10 +89,10 @@ class MoCoV3(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor, momentum: float) -> Tensor:
         """Loss of two views of the same images; moves the momentum encoder on the way."""
-        q = self.queries(x1, x2)
         self.update_momentum(momentum)
         k = self.keys(x1, x2)
-        return self.loss(q, k)
+        under_way = self.start_gather(k)  # ends beside the queries, which need no keys
+        return self.loss(self.queries(x1, x2), k, under_way)
 
     def queries(self, x1: Tensor, x2: Tensor) -> Pair:
         """Predictions (N, dim) for each view, with gradient: encode, then predict."""
@@ -135,6 +136,10 @@ class MoCoV3(nn.Module):
         project = head(self.momentum_encoder)
         return project(f[0]), project(f[1])
 
+    def start_gather(self, k: Pair) -> Pair:
+        """Have the ranks exchange these keys while something else is computed; for `loss`."""
+        return start_gather(k[0]), start_gather(k[1])
+
     @torch.no_grad()
     def update_momentum(self, m: float) -> None:
         """momentum encoder <- m x momentum encoder + (1 - m) x base encoder; parameters only, not buffers."""
@@ -143,9 +148,13 @@ class MoCoV3(nn.Module):
             list(self.momentum_encoder.parameters()), list(self.base_encoder.parameters()), weight=1 - m
         )
 
-    def loss(self, q: Pair, k: Pair) -> Tensor:
-        """Symmetric contrastive_loss, a scalar; chance level is 4 x temperature x ln(global batch)."""
-        return contrastive_loss(q[0], k[1], self.temperature) + contrastive_loss(q[1], k[0], self.temperature)
+    def loss(self, q: Pair, k: Pair, under_way: Pair | tuple[None, None] = (None, None)) -> Tensor:
+        """Symmetric contrastive_loss, a scalar; chance level is 4 x temperature x ln(global batch).
+
+        under_way: the `start_gather` of k, if that was done before.
+        """
+        first = contrastive_loss(q[0], k[1], self.temperature, under_way[1])
+        return first + contrastive_loss(q[1], k[0], self.temperature, under_way[0])
 
     def features(self, x: Tensor) -> Tensor:
         """Backbone features (N, feature_dim) of the base encoder, without projector, in the module's present mode."""

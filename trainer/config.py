@@ -113,8 +113,9 @@ class Run:
     """Stop after this many steps of the schedule."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU, or the CPU where the machine has none."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Autocast. auto: bf16, fp16 below compute capability 8.0, off on the CPU."""
+    amp: Literal["auto", "bf16", "fp16", "tf32", "off"] = "auto"
+    """Autocast. auto: bf16, fp16 below compute capability 8.0, off on the CPU. tf32: none, but the GPU multiplies
+    float32 with 10 bits of mantissa; off: with all."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the encoders. auto: on for CUDA where there is a C compiler."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -219,7 +220,7 @@ class Config:
             if count < 0:
                 raise ConfigError(f"{flag} {count} is negative; use 0 or more")
         if self.run.dtype == "float64" and self.run.amp not in ("auto", "off"):
-            raise ConfigError(f"--dtype float64 with --amp {self.run.amp}: autocast would undo it; use --amp off")
+            raise ConfigError(f"--dtype float64 with --amp {self.run.amp}: it would have fewer bits; use --amp off")
 
     def flags(self) -> dict[str, Any]:
         """Every value under its flag's name, JSON-ready: what `config.json` holds."""

@@ -73,6 +73,15 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype, enabled=config.run.amp in ("bf16", "fp16"))
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether the GPU multiplies float32 with 10 bits of mantissa: matrices and convolutions alike, in all the process.
+
+    torch by itself does so for convolutions only.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 class Engine:
     """Model, optimizer and data of one rank, `step` steps into the schedule."""
 
@@ -112,6 +121,7 @@ class Engine:
         self.seconds = 0.0
         self.notes: dict[str, Any] = {}  # what else the run must remember: k-NN accuracy before the first step
 
+        allow_tf32(config.run.amp == "tf32")
         self.dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
         self.model = model.to(device=device, dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.run.compile == "on":

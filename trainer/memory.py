@@ -64,7 +64,7 @@ def _step(config: Config, device: torch.device, share: int, microbatch: int | No
     """
     dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
     model = build_model(config, sync_bn=False).to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.loss = _stand_in
+    model.start_gather, model.loss = _alone, _stand_in
     optimizer, guard = build_optimizer(config, model), Guard(model)
     size = config.data.image_size
     views = torch.zeros(2, share, size, size, 3, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
@@ -79,6 +79,11 @@ def _step(config: Config, device: torch.device, share: int, microbatch: int | No
     optimizer.step()
 
 
-def _stand_in(queries: Pair, keys: Pair) -> Tensor:
-    """For the contrastive loss, which gathers from the other ranks; its logits are small beside the rest."""
+def _alone(keys: Pair) -> Pair:
+    """For the exchange of the keys: the other ranks take no part."""
+    return keys
+
+
+def _stand_in(queries: Pair, keys: Pair, under_way: Pair) -> Tensor:
+    """For the contrastive loss over the keys of all ranks; its logits are small beside the rest."""
     return (queries[0] * keys[1]).sum() + (queries[1] * keys[0]).sum()

@@ -58,16 +58,17 @@ def chunked_step(
     The same as `scale(loss).backward()` of the whole, but for rounding. `precision` opens an autocast context: a new
     one a part, as its cache would hand casts of weights made without a graph to the passes that need one.
     """
+    model.update_momentum(momentum)
+    key_features = _whole(model.encode_key_view, views, size, precision)
+    with precision():
+        keys = model.project_keys(key_features)
+    under_way = model.start_gather(keys)
     features = _whole(model.encode_view, views, size, precision)
     for each in features:
         each.requires_grad_()
     with precision():
         queries = model.predict(features)
-    model.update_momentum(momentum)
-    key_features = _whole(model.encode_key_view, views, size, precision)
-    with precision():
-        keys = model.project_keys(key_features)
-        loss = model.loss(queries, keys)
+        loss = model.loss(queries, keys, under_way)
     scale(loss).backward()
     _backward(model, views, features, size, precision)
     return Outputs.of(loss, features, queries, keys)

@@ -32,8 +32,9 @@ class Objective(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor, momentum: float) -> Outputs:
         """One step's forward pass on two views (N, 3, S, S); moves the momentum encoder on the way."""
-        features = self.model.encode(x1, x2)
-        queries = self.model.predict(features)
         self.model.update_momentum(momentum)
         keys = self.model.keys(x1, x2)
-        return Outputs.of(self.model.loss(queries, keys), features, queries, keys)
+        under_way = self.model.start_gather(keys)
+        features = self.model.encode(x1, x2)
+        queries = self.model.predict(features)
+        return Outputs.of(self.model.loss(queries, keys, under_way), features, queries, keys)

@@ -127,6 +127,8 @@ def resolve(
             amp = "off"
         else:
             amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif amp == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise ConfigError(f"--amp tf32: {device} has none, GPUs of compute capability 8.0 or more have; use --amp off")
     compile_: str = config.run.compile
     if compile_ == "auto":
         compile_ = "on" if device.type == "cuda" else "off"

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from model import contrastive_loss
-from model.collectives import add_up, gather
+from model.collectives import add_up, gather, start_gather
 from model.sync_bn import convert
 
 CUDA = torch.device("cuda", 0)
@@ -57,5 +57,6 @@ def test_synchronised_batch_norm_is_batch_norm(nccl, form):
 def test_the_loss_over_the_gathered_keys(nccl, form, monkeypatch):
     q, k = torch.randn(2, 32, 64, device=CUDA)
     gathered = form(contrastive_loss)(q, k, 0.2)
+    torch.testing.assert_close(contrastive_loss(q, k, 0.2, start_gather(k)), gathered)
     monkeypatch.setattr("model.collectives.world_size", lambda: 1)
     torch.testing.assert_close(gathered, contrastive_loss(q, k, 0.2))

@@ -20,6 +20,7 @@ STEPS = [
     ["--amp", "bf16", "--optimizer", "lars", "--clip-grad", 1.0, "--arch", "vit_conv_small"],
     ["--amp", "bf16", "--microbatch", 5],
     ["--amp", "bf16", "--compile", "on"],
+    ["--amp", "tf32"],
 ]
 
 
@@ -84,6 +85,17 @@ def test_a_bad_step_changes_nothing(flags, sample):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     torch.testing.assert_close(later, undisturbed, rtol=1e-3, atol=1e-4)
     assert reading.numbers["bad_steps"] == [{"step": 2, "rank": 0, "indices": [2]}]
+
+
+@pytest.mark.parametrize(("amp", "least", "most"), [("off", 0, 1e-5), ("tf32", 1e-5, 1e-2)])
+def test_what_stays_float32_has_the_bits_that_were_asked_for(amp, least, most, sample):
+    engine_for(sample / "train", "--device", "cuda", "--amp", amp).loader.close()
+    a, b = torch.randn(2, 256, 256, device="cuda")
+    image, kernel = torch.randn(1, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
+    for product, x, y in ((torch.mm, a, b), (torch.conv2d, image, kernel)):
+        exact = product(x.double(), y.double())
+        error = (product(x, y) - exact).abs().max() / exact.abs().max()
+        assert least < error < most
 
 
 @pytest.mark.parametrize("arch", ["vit_conv_small", "resnet18"])

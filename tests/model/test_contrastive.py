@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import contrastive_loss
-from model.collectives import gather
+from model.collectives import gather, start_gather
 from tests.golden.cases import load
 from tests.golden.compare import assert_close
 from tests.ranks import run_on_ranks
@@ -40,20 +40,21 @@ def test_logits_keep_their_digits_under_autocast():
     assert contrastive_loss(q.bfloat16(), k.bfloat16(), 0.07).dtype == torch.float32
 
 
-def share(q, k, temperature):
+def share(q, k, temperature, early):
     rank = torch.distributed.get_rank()
     n = len(q) // torch.distributed.get_world_size()
     mine = slice(rank * n, (rank + 1) * n)
     q, k = q[mine].requires_grad_(), k[mine].requires_grad_()
-    loss = contrastive_loss(q, k, temperature)
+    loss = contrastive_loss(q, k, temperature, start_gather(k) if early else None)
     loss.backward()
     return loss.item(), q.grad, gather(k), k.grad
 
 
-def test_ranks_together_have_the_loss_of_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("early", [False, True])
+def test_ranks_together_have_the_loss_of_the_whole_batch(tmp_path, early):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(12, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    ranks = run_on_ranks(share, q.clone(), k.clone(), 0.2, world_size=3, folder=tmp_path)
+    ranks = run_on_ranks(share, q.clone(), k.clone(), 0.2, early, world_size=3, folder=tmp_path)
     q.requires_grad_()
     whole = contrastive_loss(q, k, 0.2)
     whole.backward()

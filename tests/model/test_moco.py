@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import MoCoV3, contrastive_loss
+from model import MoCoV3, collectives, contrastive_loss
 from tests.golden import cases, formula
 from tests.golden.compare import assert_close
 
@@ -173,6 +173,23 @@ def test_state_dict_round_trip():
     x = uint8_images(seed=1), uint8_images(seed=2)
     assert torch.equal(saved(*x, 0.9), other(*x, 0.9))
     assert {name.split(".")[0] for name in saved.state_dict()} == {"base_encoder", "momentum_encoder", "predictor"}
+
+
+def test_keys_are_exchanged_while_the_queries_are_computed(monkeypatch):
+    model, order = tiny(), []
+
+    def noted(name, function):
+        def call(*args):
+            order.append(name)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr("model.moco.start_gather", noted("start", collectives.start_gather))
+    monkeypatch.setattr("model.contrastive.finish", noted("finish", collectives.finish))
+    monkeypatch.setattr(model, "encode", noted("queries", model.encode))
+    model(uint8_images(seed=1), uint8_images(seed=2), 0.9)
+    assert order == ["start", "start", "queries", "finish", "finish"]
 
 
 def test_autocast_leaves_the_loss_in_float32():

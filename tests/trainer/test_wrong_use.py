@@ -65,6 +65,10 @@ def test_cuda_without_a_gpu(refused, monkeypatch):
     assert "--device cuda, but this machine has no CUDA GPU; use --device cpu" in refused("--device", "cuda")
 
 
+def test_tf32_where_there_is_none(refused):
+    assert "--amp tf32: cpu has none" in refused("--device", "cpu", "--amp", "tf32")
+
+
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over(device, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
