@@ -92,7 +92,7 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
     for config in configs:
         progress.say(f"{config.model.arch}: building and warming up {len(ROWS)} steps …")
         with side_by_side():
-            rows = Rows(config, device, first(images, max(len(images), batch)))
+            rows = Rows(config, device, first(images, max(len(images), batch)), experiments=not common.quick)
             rows.measure(rounds, steps, progress)
         measurements += rows.measurements(bound)
         notes += [f"{config.model.arch}: {note}" for note in rows.left_out]
@@ -139,8 +139,8 @@ def _small(config: Config) -> Config:
 class Rows:
     """All steps of one architecture, side by side on one device."""
 
-    def __init__(self, config: Config, device: torch.device, images: DatasetIndex) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device, images: DatasetIndex, experiments: bool) -> None:
+        self.config, self.device, self.experiments = config, device, experiments
         self.milliseconds: dict[str, list[float]] = {}
         self.peak_gb: dict[str, float] = {}
         self.left_out: list[str] = []
@@ -159,6 +159,8 @@ class Rows:
 
     def _why_not(self, name: str, changes: Changes, one_pass: bool) -> str | None:
         """What keeps a row from being measured here, as one phrase; None if nothing does."""
+        if name in EXPERIMENTS and not self.experiments:
+            return "the short form has no experiments"
         if changes.compile and self.config.run.compile == "off":
             return "nothing is compiled here"
         if name == BF16 and self.config.run.amp != "bf16":
