@@ -8,8 +8,9 @@ The bytes are those of the model's own tensors. The times are predicted, not mea
     keys        all-gather of B bytes a rank       (n - 1) x B / bandwidth
     statistics  of synchronised batch norm: forward as keys, backward as gradients
     each collective begins with                ceil(log2 n) x latency
-    exposed     all of it, but for the gradients: what their all-reduce takes beyond the backward pass, and at least
-                the last bucket, which nothing is left to hide
+    exposed     all of it (an upper bound: the keys travel beside the queries' forward pass, until a batch norm is to
+                be synchronised there), but for the gradients: what their all-reduce takes beyond the backward pass, and
+                at least the last bucket, which nothing is left to hide
     efficiency  step / (step + exposed)
 """
 

@@ -1,11 +1,10 @@
 """An experiment: the linear layers of a transformer's blocks in float8, by torchao. train_ddp.py has no such flag yet.
 
-Scaled per tensor at each use: activations and weights as e4m3, gradients as e5m2 (Micikevicius et al. 2022), sums in
-float32. Patch projection, heads and logits stay as they are. Without a GPU that can multiply float8, torchao rounds to
-float8 and multiplies what it has: the numbers are those of float8, the time is not.
+Scaled per tensor at each use: activations and weights as e4m3, gradients as e5m2 (Micikevicius et al. 2022). Patch
+projection, heads and logits stay as they are. Without a GPU that can multiply float8, torchao rounds to float8 and
+multiplies in float32: the rounding is that of float8; the time is not, nor the sums of the forward pass, which such a
+GPU keeps in fewer bits.
 """
-
-import importlib.util
 
 import torch
 from torch import nn
@@ -28,11 +27,12 @@ def float8_blocks(model: MoCoV3, device: torch.device) -> MoCoV3:
     To be called before the model is compiled; names and values of its parameters stay.
 
     Raises:
-        ConfigError: torchao is not installed, or the backbone has no such layers.
+        ConfigError: there is no torchao that fits this torch, or the backbone has no such layers.
     """
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError("float8 needs torchao, which is not installed: pip install torchao")
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ConfigError(f"float8 needs a torchao that fits this torch ({error}): pip install torchao") from None
 
     def converted(layer: nn.Module, name: str) -> bool:
         if not isinstance(layer, nn.Linear) or not name.startswith("blocks."):
@@ -41,7 +41,8 @@ def float8_blocks(model: MoCoV3, device: torch.device) -> MoCoV3:
 
     if not any(converted(layer, name) for name, layer in model.base_encoder.named_modules()):
         raise ConfigError("this backbone has no blocks with linear layers to compute in float8; use a transformer")
-    config = Float8LinearConfig(emulate=not multiplies_float8(device))
+    # Padded: batch x tokens is a side of the weights' gradient, and need be no multiple.
+    config = Float8LinearConfig(emulate=not multiplies_float8(device), pad_inner_dim=True)
     for encoder in (model.base_encoder, model.momentum_encoder):
         convert_to_float8_training(encoder, module_filter_fn=converted, config=config)
     return model

@@ -110,7 +110,7 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
             "data": "generated" if common.data is None else common.data.name,
             "files": describe(images),
             "gflop_per_image": round(flops / batch / 1e9, 3),
-            "matmul": {"dtype": str(runs.matmul_dtype).removeprefix("torch."), "tflops": round(bound / 1e12, 3)},
+            "matmul": {"dtype": runs.multiplies_in, "tflops": round(bound / 1e12, 3)},
         },
         warm_up="3 steps of each kind, compilation included",
         measurements=(*_measurements(runs, batch, flops, bound), *_beside(others)),

@@ -80,13 +80,14 @@ class Runs:
         }
 
     @property
-    def matmul_dtype(self) -> torch.dtype:
+    def multiplies_in(self) -> str:
         """What the engine multiplies in."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.run.amp, torch.float32)
+        return {"bf16": "bfloat16", "fp16": "float16", "tf32": "TF32"}.get(self.config.run.amp, "float32")
 
     def matmul_rate(self) -> float:
         """FLOP/s of the best repeat."""
-        return max(flops.matmul_rate(self.device, self.matmul_dtype))
+        dtype = getattr(torch, self.multiplies_in, torch.float32)  # TF32 is a float32 that the engine has let in
+        return max(flops.matmul_rate(self.device, dtype))
 
     def flops(self) -> float:
         """Of one step."""

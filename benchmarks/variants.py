@@ -2,7 +2,8 @@
 
     python -m benchmarks.variants [--presets vit-s-300ep vit-b-300ep r50-100ep] [--batch-size 256] [--quick] [--help]
 
-All rows of an architecture are measured in turns, on one batch that stays on the device.
+All rows of an architecture are measured in turns, on one batch that stays on the device; the experiments after them,
+each alone, for what CUDA graphs reserve they keep.
 """
 
 import gc
@@ -92,8 +93,10 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
     for config in configs:
         progress.say(f"{config.model.arch}: building and warming up {len(ROWS)} steps …")
         with side_by_side():
-            rows = Rows(config, device, first(images, max(len(images), batch)), experiments=not common.quick)
+            rows = Rows(config, device, first(images, max(len(images), batch)))
             rows.measure(rounds, steps, progress)
+            if not common.quick:
+                rows.experiment(rounds, steps, progress)
         measurements += rows.measurements(bound)
         notes += [f"{config.model.arch}: {note}" for note in rows.left_out]
         del rows
@@ -139,8 +142,8 @@ def _small(config: Config) -> Config:
 class Rows:
     """All steps of one architecture, side by side on one device."""
 
-    def __init__(self, config: Config, device: torch.device, images: DatasetIndex, experiments: bool) -> None:
-        self.config, self.device, self.experiments = config, device, experiments
+    def __init__(self, config: Config, device: torch.device, images: DatasetIndex) -> None:
+        self.config, self.device = config, device
         self.milliseconds: dict[str, list[float]] = {}
         self.peak_gb: dict[str, float] = {}
         self.left_out: list[str] = []
@@ -148,24 +151,20 @@ class Rows:
         engine = Engine(config, World(), device, images, build_model(config), threads=1)
         self._views = next(iter(engine.loader)).views
         engine.loader.close()
-        copies = engine.guard.copies
+        self._one_pass, copies = engine.model.one_pass, engine.guard.copies
         self._add(OURS, lambda: engine.train_step(self._views), engine.model, lambda: engine.optimizer, copies)
-        for name, changes in _changes():
-            if config.run.amp != "bf16":
-                changes = replace(changes, amp=None)
-            reason = self._why_not(name, changes, engine.model.one_pass) or self._add_variant(name, changes)
+        for name, changes in _cumulative():
+            reason = self._why_not(name, changes) or self._fits(name, changes)
             if reason:
-                self.left_out.append(f"{name} left out: {reason}.")
+                self._leave_out(name, reason)
 
-    def _why_not(self, name: str, changes: Changes, one_pass: bool) -> str | None:
+    def _why_not(self, name: str, changes: Changes) -> str | None:
         """What keeps a row from being measured here, as one phrase; None if nothing does."""
-        if name in EXPERIMENTS and not self.experiments:
-            return "the short form has no experiments"
         if changes.compile and self.config.run.compile == "off":
             return "nothing is compiled here"
         if name == BF16 and self.config.run.amp != "bf16":
             return f"--amp auto is {self.config.run.amp} on this device"
-        if name == ONE_PASS and not one_pass:
+        if name == ONE_PASS and not self._one_pass:
             return "the backbone's batch norm takes its statistics from each view"
         if name == CUDA_GRAPHS and self.device.type != "cuda":
             return "the CPU has none"
@@ -173,24 +172,26 @@ class Rows:
             return "this device does not multiply float8"
         return None
 
-    def _add_variant(self, name: str, changes: Changes) -> str | None:
-        """Build and warm it up; why that did not work, as one phrase, or None."""
+    def _fits(self, name: str, changes: Changes) -> str | None:
         try:
-            step = ReferenceStep(self.config, self.device, changes)
-            x1, x2 = (step.prepared(view) for view in self._views)
-            lr, momentum = self.config.optim.lr, self.config.model.moco_m
-            self._add(name, lambda: step.train_step(x1, x2, lr, momentum), step.model, lambda: step.optimizer)
-            return None
+            self._add_variant(name, changes)
         except torch.OutOfMemoryError:
-            reason = "the GPU has no memory for it beside the others; lower --batch-size"
-        except (ConfigError, RuntimeError) as error:
-            if name not in EXPERIMENTS:
-                raise
-            reason = str(error).partition("\n")[0]
-        gc.collect()
+            return "the GPU has no memory for it beside the others; lower --batch-size"
+        return None
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.left_out.append(f"{name} left out: {reason}.")
+        gc.collect()  # a compiled model is a cycle
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return reason
+
+    def _add_variant(self, name: str, changes: Changes) -> None:
+        if self.config.run.amp != "bf16":
+            changes = replace(changes, amp=None)
+        step = ReferenceStep(self.config, self.device, changes)
+        x1, x2 = (step.prepared(view) for view in self._views)
+        lr, momentum = self.config.optim.lr, self.config.model.moco_m
+        self._add(name, lambda: step.train_step(x1, x2, lr, momentum), step.model, lambda: step.optimizer)
 
     def _add(
         self,
@@ -209,14 +210,14 @@ class Rows:
                 torch.cuda.reset_peak_memory_stats(self.device)
             step()
         finish(self.device)
-        if cuda:
+        if cuda and name != CUDA_GRAPHS:  # a graph's memory is not counted while it is replayed
             self.peak_gb[name] = (torch.cuda.max_memory_allocated(self.device) - others) / 1e9
         self._steps[name] = step
 
     def measure(self, rounds: int, steps: int, progress: Progress) -> None:
         """`rounds` times every row in turn."""
         names = [name for name in ROWS if name in self._steps]
-        self.milliseconds = {name: [] for name in names}
+        self.milliseconds |= {name: [] for name in names}
         progress.expect(rounds * len(names))
         for turn in range(rounds):
             for name in names:
@@ -227,6 +228,23 @@ class Rows:
                     self._steps[name]()
                 finish(self.device)
                 self.milliseconds[name].append(1000 * (time.perf_counter() - started) / steps)
+
+    def experiment(self, rounds: int, steps: int, progress: Progress) -> None:
+        """Measure each of `EXPERIMENTS`; one that fails is left out, with the error for a reason."""
+        self._steps.clear()
+        *_, (_, changes) = _cumulative()
+        for name, added in EXPERIMENTS.items():
+            reason = self._why_not(name, changes)
+            if reason is None:
+                try:
+                    self._add_variant(name, replace(changes, **added))
+                    self.measure(rounds, steps, progress)
+                except (ConfigError, ImportError, RuntimeError) as error:
+                    reason = " ".join(str(error).split())[:200] or type(error).__name__
+                    self.milliseconds.pop(name, None)
+            self._steps.clear()
+            if reason:
+                self._leave_out(name, reason)
 
     def measurements(self, bound: float) -> Iterator[Measurement]:
         """A table of this architecture; `bound` in FLOP/s."""
@@ -244,14 +262,12 @@ class Rows:
                 yield Measurement(group, name, memory, (self.peak_gb[name],), "lower")
 
 
-def _changes() -> Iterator[tuple[str, Changes]]:
+def _cumulative() -> Iterator[tuple[str, Changes]]:
     changes = Changes()
     yield REFERENCE, changes
     for name, added in ADDED.items():
         changes = replace(changes, **added)
         yield name, changes
-    for name, added in EXPERIMENTS.items():
-        yield name, replace(changes, **added)
 
 
 def draw(result: Result) -> Figure:

@@ -10,13 +10,11 @@ def make_deterministic() -> None:
 
     Call it before anything has run on CUDA: cuBLAS reads its workspace setting when it starts.
     """
-    import torch._inductor.config as inductor  # which takes seconds
+    import torch._inductor.config as inductor  # not with every start: it takes seconds
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
-    # These pick kernels by their speed of the moment, which may be another in the process that goes on.
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = False  # it picks kernels by their speed of the moment
+    # As torch.compile did in padding matrices; from torch 2.10 on it does not in this mode.
     inductor.shape_padding = False
-    if hasattr(inductor, "deterministic"):  # from torch 2.9 on
-        inductor.deterministic = True

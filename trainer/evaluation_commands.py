@@ -24,7 +24,8 @@ class Evaluation:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU, or the CPU where the machine has none."""
     amp: Literal["off", "bf16", "fp16"] = "off"
-    """Autocast of the network; the reference's evaluation has none."""
+    """Autocast of the network; the reference's evaluation has none. off: float32, in which torch lets GPUs convolve in
+    TF32."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
     """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
     name: str | None = None

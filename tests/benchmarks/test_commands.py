@@ -114,6 +114,7 @@ def test_chunks_need_less_memory_and_give_the_same(tree, tmp_path, capsys):
 
 
 def test_variants_may_compile_the_same_model_twice(result_of, monkeypatch):
+    pytest.importorskip("torchao.float8", exc_type=ImportError)
     def traced(model):
         for part in (model.normalize, model.base_encoder, model.momentum_encoder, model.predictor):
             part.compile(fullgraph=True, dynamic=False, backend="eager")  # all of torch.compile but the compiler
@@ -121,10 +122,24 @@ def test_variants_may_compile_the_same_model_twice(result_of, monkeypatch):
     monkeypatch.setattr(reference_step, "compile_encoders", traced)
     monkeypatch.setattr(engine, "compile_encoders", traced)
     monkeypatch.setattr(preparation, "_missing_compiler", lambda device: None)
+    monkeypatch.setattr(variants, "multiplies_float8", lambda device: True)  # it is emulated
     result = result_of(VARIANTS, "--presets", "demo")
     rates = {m.name for m in result.of("vit_conv_small") if m.quantity == "images/s"}
-    assert rates == set(variants.ROWS) - {variants.BF16, variants.ONE_PASS, *variants.EXPERIMENTS}
-    assert any(f"{variants.FLOAT8} left out: this device does not multiply float8" in note for note in result.notes)
+    assert rates == set(variants.ROWS) - {variants.BF16, variants.ONE_PASS, variants.CUDA_GRAPHS}
+    assert any(f"{variants.CUDA_GRAPHS} left out: the CPU has none" in note for note in result.notes)
+
+
+def test_an_experiment_that_fails_is_left_out_with_its_reason(result_of, monkeypatch):
+    def failing(model, device):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(reference_step, "float8_blocks", failing)
+    monkeypatch.setattr(reference_step, "compile_encoders", lambda model: None)
+    monkeypatch.setattr(engine, "compile_encoders", lambda model: None)
+    monkeypatch.setattr(variants, "multiplies_float8", lambda device: True)
+    result = result_of(VARIANTS, "--presets", "demo")
+    assert any(f"{variants.FLOAT8} left out: no kernel for this." in note for note in result.notes)
+    assert result.find("vit_conv_small", variants.OURS, "ms/step").values
 
 
 @pytest.mark.parametrize(

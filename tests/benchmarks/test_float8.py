@@ -1,6 +1,6 @@
 """Float8 linear layers against the rounding and the products done by hand, and where they stand in the benchmarks."""
 
-import importlib.util
+import sys
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def rounded(x, dtype):
 
 
 def test_products_are_of_float8_values_in_both_directions(model):
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao.float8", exc_type=ImportError)
     layer = float8_blocks(model, CPU).base_encoder.get_submodule("blocks.0.mlp.fc1")
     assert isinstance(layer, torch.nn.Linear)
     x = torch.randn(5, 32, requires_grad=True)
@@ -43,7 +43,7 @@ def test_products_are_of_float8_values_in_both_directions(model):
 
 
 def test_only_the_blocks_change_and_no_weight_does(model):
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao.float8", exc_type=ImportError)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kinds = {name: type(part) for name, part in model.named_modules()}
     after = float8_blocks(model, CPU)
@@ -55,12 +55,12 @@ def test_only_the_blocks_change_and_no_weight_does(model):
 
 
 def test_a_backbone_without_such_layers_is_told():
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao.float8", exc_type=ImportError)
     with pytest.raises(ConfigError, match="use a transformer"):
         float8_blocks(MoCoV3.build("resnet18", dim=16, mlp_dim=32, image_size=32), CPU)
 
 
 def test_without_torchao_it_says_what_to_install(model, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(ConfigError, match="pip install torchao"):
         float8_blocks(model, CPU)

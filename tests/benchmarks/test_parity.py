@@ -30,7 +30,7 @@ def test_in_float32_the_trainers_step_is_the_plain_one(tree, optimizer):
 
 
 def test_float8_has_a_curve_of_its_own_and_leaves_the_others_alone(tree):
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao.float8", exc_type=ImportError)
     curves, without = trained(tree, "adamw", float8=True), trained(tree, "adamw")
     assert {name: curve for name, curve in curves.items() if name != FLOAT8} == without
     assert curves[FLOAT8][0] == pytest.approx(curves[FAST][0], rel=0.05)  # the first: from the same weights

@@ -88,7 +88,9 @@ def test_a_bad_step_changes_nothing(flags, sample):
 
 
 @pytest.mark.parametrize(("amp", "least", "most"), [("off", 0, 1e-5), ("tf32", 1e-5, 1e-2)])
-def test_what_stays_float32_has_the_bits_that_were_asked_for(amp, least, most, sample):
+def test_what_stays_float32_has_the_bits_that_were_asked_for(amp, least, most, sample, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)  # to be restored
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     engine_for(sample / "train", "--device", "cuda", "--amp", amp).loader.close()
     a, b = torch.randn(2, 256, 256, device="cuda")
     image, kernel = torch.randn(1, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
