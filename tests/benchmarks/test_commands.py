@@ -115,6 +115,7 @@ def test_chunks_need_less_memory_and_give_the_same(tree, tmp_path, capsys):
 
 def test_variants_may_compile_the_same_model_twice(result_of, monkeypatch):
     pytest.importorskip("torchao.float8", exc_type=ImportError)
+
     def traced(model):
         for part in (model.normalize, model.base_encoder, model.momentum_encoder, model.predictor):
             part.compile(fullgraph=True, dynamic=False, backend="eager")  # all of torch.compile but the compiler
