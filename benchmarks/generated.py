@@ -45,16 +45,7 @@ def generated(folder: Path, count: int, scale: float = 1.0) -> DatasetIndex:
 
 def first(index: DatasetIndex, count: int) -> DatasetIndex:
     """`count` rows of an index, from its beginning and, where it has fewer, over and over."""
-    rows = np.arange(count) % len(index)
-    return DatasetIndex(
-        tree=index.tree,
-        names=[index.names[row] for row in rows],
-        labels=index.labels[rows],
-        widths=index.widths[rows],
-        heights=index.heights[rows],
-        classes=index.classes,
-        rejected=index.rejected,
-    )
+    return index.at(np.arange(count) % len(index))
 
 
 def describe(index: DatasetIndex) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Images that went bad since the scan: which they are, and how many are too many."""
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -40,8 +41,11 @@ def too_many(failed: int, allowed: int, last: str) -> DatasetError:
 
 
 def _reason(index: DatasetIndex, row: int) -> str:
-    check = check_file(index.path(row), "full")
-    size = int(index.widths[row]), int(index.heights[row])
-    if not check.reason and (check.width, check.height) != size:
+    path, size = index.path(row), (int(index.widths[row]), int(index.heights[row]))
+    check = check_file(path, "full")
+    if check.reason:
+        return check.reason
+    if (check.width, check.height) != size:
         return f"another image: {check.width} x {check.height}, and {size[0]} x {size[1]} when it was scanned"
-    return check.reason
+    length, scanned = os.path.getsize(path), int(index.file_sizes[row])
+    return f"another image: {length} bytes, and {scanned} when it was scanned" if length < scanned else ""

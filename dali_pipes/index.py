@@ -37,6 +37,7 @@ class DatasetIndex:
     labels: NDArray[np.int64]
     widths: NDArray[np.int32]  # as stored in the file: an EXIF orientation is not applied
     heights: NDArray[np.int32]
+    file_sizes: NDArray[np.int64]  # bytes; 0 where an index of an earlier version did not say
     classes: tuple[str, ...]
     rejected: list[tuple[str, str]]  # (path, reason)
 
@@ -104,6 +105,7 @@ class DatasetIndex:
             labels=np.array([found.labels[row] for row in good], np.int64),
             widths=looks.widths[good],
             heights=looks.heights[good],
+            file_sizes=looks.sizes[good],
             classes=found.classes,
             rejected=rejected,
         )
@@ -121,13 +123,17 @@ class DatasetIndex:
 
     def without(self, rows: Collection[int]) -> "DatasetIndex":
         """A copy that lacks these rows."""
-        kept = np.setdiff1d(np.arange(len(self)), np.array(sorted(rows), np.int64))
+        return self.at(np.setdiff1d(np.arange(len(self)), np.array(sorted(rows), np.int64)))
+
+    def at(self, rows: NDArray[np.int64]) -> "DatasetIndex":
+        """A copy with these rows, in this order."""
         return replace(
             self,
-            names=[self.names[row] for row in kept.tolist()],
-            labels=self.labels[kept],
-            widths=self.widths[kept],
-            heights=self.heights[kept],
+            names=[self.names[row] for row in rows.tolist()],
+            labels=self.labels[rows],
+            widths=self.widths[rows],
+            heights=self.heights[rows],
+            file_sizes=self.file_sizes[rows],
         )
 
     def save(self, file: Pathlike) -> None:
@@ -146,6 +152,7 @@ class DatasetIndex:
                 labels=self.labels,
                 widths=self.widths,
                 heights=self.heights,
+                file_sizes=self.file_sizes,
                 text=np.frombuffer(json.dumps(text).encode(), np.uint8),
             )
         os.replace(partly, file)
@@ -162,12 +169,15 @@ class DatasetIndex:
         try:
             with zipfile.ZipFile(file) as archive:
                 text = json.loads(_column(archive, "text", np.uint8).tobytes())
+                labels = _column(archive, "labels", np.int64)
+                sized = "file_sizes.npy" in archive.namelist()
                 index = cls(
                     tree=Path(text["tree"] if tree is None else tree),
                     names=split(_column(archive, "names", np.uint8)),
-                    labels=_column(archive, "labels", np.int64),
+                    labels=labels,
                     widths=_column(archive, "widths", np.int32),
                     heights=_column(archive, "heights", np.int32),
+                    file_sizes=_column(archive, "file_sizes", np.int64) if sized else np.zeros_like(labels),
                     classes=tuple(text["classes"]),
                     rejected=[(path, reason) for path, reason in text["rejected"]],
                 )
@@ -201,7 +211,8 @@ def _column(archive: zipfile.ZipFile, name: str, dtype: type[np.generic]) -> NDA
 
 def _check(index: DatasetIndex, outside: bool) -> None:
     """Raise `ValueError` if rows do not belong together, or name what no scan could have found."""
-    rows = {len(index.names), len(index.labels), len(index.widths), len(index.heights)}
+    columns = (index.names, index.labels, index.widths, index.heights, index.file_sizes)
+    rows = {len(column) for column in columns}
     if len(rows) != 1:
         raise ValueError(f"columns of {' and '.join(map(str, sorted(rows)))} rows")
     if not all(index.names) or (not outside and any(map(leaves, index.names))):
@@ -213,6 +224,8 @@ def _check(index: DatasetIndex, outside: bool) -> None:
     pixels = index.widths.astype(np.int64) * index.heights
     if min(index.widths.min(), index.heights.min()) < 1 or pixels.max() > MOST_PIXELS:
         raise ValueError("an image has no size that can be")
+    if index.file_sizes.min() < 0:
+        raise ValueError("a file has less than no bytes")
 
 
 def _looked_at(found: Listing, level: Level, progress: Callable[[int, int], None] | None, cache: ScanCache) -> Looks:

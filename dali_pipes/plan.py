@@ -15,6 +15,8 @@ from dali_pipes.order import complete_share, epoch_permutation, equal_share, rep
 from dali_pipes.sampling import SampleParams, sample_params
 from dali_pipes.views import ViewSpec
 
+_MOST_BYTES = 2**31 - 1  # of a file, as DALI's arguments can say it
+
 
 @dataclass(frozen=True)
 class Position:
@@ -40,6 +42,7 @@ class Plan(ABC):
     ) -> None:
         self.index, self.specs, self.seed, self.batch_size = index, tuple(specs), seed, batch_size
         self.rank, self.world_size = rank, world_size
+        self.sized = bool((index.file_sizes > 0).all())  # whether the graph is told the files' sizes
         self.failed: frozenset[int] = frozenset()  # rows; changed by `fail`
         self._epoch, self._share = -1, np.zeros(0, np.int64)
 
@@ -87,10 +90,11 @@ class Plan(ABC):
         )
 
     def inputs(self, rows: NDArray[np.int64], drawn: Sequence[SampleParams]) -> list[Any]:
-        """What the graph takes for these rows: the files' names, then the arrays that `names` lists."""
+        """What the graph takes for these rows: the files' names, if `sized` their sizes, then what `names` lists."""
         files = [np.frombuffer(os.fsencode(self.index.path(row)), np.uint8) for row in rows]
+        sizes = [np.minimum(self.index.file_sizes[rows], _MOST_BYTES).astype(np.int32)[:, None]] if self.sized else []
         views = [self.view_arguments(view, rows, params) for view, params in enumerate(drawn)]
-        return [files, *(np.ascontiguousarray(array) for arrays in views for array in arrays.values())]
+        return [files, *sizes, *(np.ascontiguousarray(array) for arrays in views for array in arrays.values())]
 
 
 class ViewPlan(Plan):

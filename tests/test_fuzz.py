@@ -70,6 +70,7 @@ def saved(tmp_path_factory):
     """A folder with an index and a checkpoint as they are written."""
     folder = tmp_path_factory.mktemp("fuzz")
     columns = {"labels": np.array([0, 1, 1]), "widths": np.full(3, 9, np.int32), "heights": np.full(3, 7, np.int32)}
+    columns["file_sizes"] = np.full(3, 99)
     DatasetIndex(folder, ["a/1.jpg", "b/2.jpg", "b/3.jpg"], **columns, classes=("a", "b"), rejected=[]).save(
         folder / "index.npz"
     )
@@ -99,7 +100,7 @@ def test_index_of_lying_columns(tmp_path, cases):
             "shape": st.lists(st.integers(-1, 1 << 50) | st.integers(0, 9), max_size=2).map(tuple),
         }
     )
-    names = ("names", "labels", "widths", "heights", "text")
+    names = ("names", "labels", "widths", "heights", "file_sizes", "text")
     texts = st.fixed_dictionaries({"tree": words, "classes": anything, "rejected": anything, "outside": anything})
     column = st.tuples(header, st.binary(max_size=32) | (texts | anything).map(lambda text: json.dumps(text).encode()))
 

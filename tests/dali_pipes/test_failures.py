@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,7 +44,12 @@ def shrink(path):
     path.write_bytes(encoded(picture(99, 12, 16), "JPEG"))
 
 
-DAMAGE = [truncate, halve, delete, empty, zero, shrink]
+def recompress(path):
+    """Of the same size in pixels and whole, so that no decoder minds: only the index knows that it is shorter."""
+    path.write_bytes(encoded(picture(99), "JPEG", quality=10))
+
+
+DAMAGE = [truncate, halve, delete, empty, zero, shrink, recompress]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +138,20 @@ def test_the_run_goes_on_and_no_other_slot_changes(index, undisturbed, damage):
     replacement = batches[STEPS + 3][1]
     for mine, own in zip(replacement, undisturbed[STEPS + 4][1], strict=True):
         assert torch.equal(mine[1], own[1])
+
+
+def test_what_is_appended_to_a_file_is_not_read(index, undisturbed):
+    for path in index.paths:
+        with open(path, "ab") as file:
+            file.write(b"more")
+    loader = make(index)
+    assert check_slots(copied(loader, epochs=3), undisturbed, failed=()) == 0
+    assert loader.failed == []
+
+
+def test_an_index_without_the_sizes_of_files_serves_as_before(index, undisturbed):
+    older = replace(index, file_sizes=np.zeros_like(index.file_sizes))
+    assert check_slots(copied(make(older), epochs=3), undisturbed, failed=()) == 0
 
 
 def test_a_replacement_is_what_the_reference_draws_for_it(index, undisturbed):

@@ -1,6 +1,8 @@
+import os
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 
 import numpy as np
@@ -220,8 +222,9 @@ def test_saved_and_loaded(tree, tmp_path):
     again = DatasetIndex.load(tmp_path / "index.npz")
     for name in ("paths", "classes", "rejected", "fingerprint"):
         assert getattr(again, name) == getattr(index, name)
-    for name in ("labels", "widths", "heights"):
+    for name in ("labels", "widths", "heights", "file_sizes"):
         assert np.array_equal(getattr(again, name), getattr(index, name))
+    assert again.file_sizes.tolist() == [os.path.getsize(path) for path in again.paths]
     assert len(again.rejected) == 1
 
     moved = tree.rename(tmp_path / "moved")
@@ -233,6 +236,7 @@ def test_saved_and_loaded(tree, tmp_path):
 def test_fingerprint_is_of_rows_and_their_order(tree):
     index = DatasetIndex.scan(tree)
     columns = {"names": index.names, "labels": index.labels, "widths": index.widths, "heights": index.heights}
+    columns["file_sizes"] = index.file_sizes
 
     def fingerprint(**changed):
         return DatasetIndex(tree=tree, classes=index.classes, rejected=[], **{**columns, **changed}).fingerprint
@@ -241,6 +245,17 @@ def test_fingerprint_is_of_rows_and_their_order(tree):
     assert fingerprint(names=index.names[::-1]) != index.fingerprint
     assert fingerprint(labels=index.labels + 1) != index.fingerprint
     assert fingerprint(widths=index.heights, heights=index.widths) != index.fingerprint
+
+
+def test_an_index_from_before_the_sizes_of_files_is_read(tree, tmp_path):
+    index = DatasetIndex.scan(tree)
+    index.save(tmp_path / "index.npz")
+    with zipfile.ZipFile(tmp_path / "index.npz") as new, zipfile.ZipFile(tmp_path / "old.npz", "w") as old:
+        for name in set(new.namelist()) - {"file_sizes.npy"}:
+            old.writestr(name, new.read(name))
+    older = DatasetIndex.load(tmp_path / "old.npz")
+    assert older.fingerprint == index.fingerprint
+    assert not older.file_sizes.any()
 
 
 @pytest.mark.parametrize(

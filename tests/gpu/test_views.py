@@ -14,7 +14,7 @@ from dali_pipes.alone import decode
 from dali_pipes.augment import why_not_fused
 from dali_pipes.gap import Gap
 from dali_pipes.reference import load_image
-from tests.dali_pipes.test_failures import delete, empty, halve, truncate, zero
+from tests.dali_pipes.test_failures import delete, empty, halve, recompress, truncate, zero
 from tests.dali_pipes.test_fused import normalised
 from tests.dali_pipes.test_fused_loader import after_the_crop, crops_only
 from tests.dali_pipes.test_operators import reduced
@@ -97,7 +97,7 @@ def test_the_pixels_of_an_image_do_not_depend_on_its_batch(photos, engine):
 
 
 @pytest.mark.parametrize("engine", [True, False])
-@pytest.mark.parametrize("damage", [truncate, halve, delete, empty, zero])
+@pytest.mark.parametrize("damage", [truncate, halve, delete, empty, zero, recompress])
 def test_a_bad_file_takes_no_other_slot_along(tmp_path, damage, engine, augment):
     shutil.copytree(PHOTOS, tmp_path / "photos")
     index = DatasetIndex.scan(tmp_path / "photos")
