@@ -37,8 +37,10 @@ $(READY): pyproject.toml constraints.txt
 $(SAMPLE)/synthetic.json: | $(READY)
 	@$(PY) -m dali_pipes.synthetic --out $(SAMPLE)
 
+# One process needs no torchrun, which would add its own traceback to a wrong flag or a Ctrl-C.
 train: | $(READY) $(IMAGES) ## pre-train: DATA=DIR PRESET=demo OUT=RUN NPROC=auto ARGS="--flag value"
-	@$(PY) -m torch.distributed.run --standalone --nproc-per-node=$(PROCESSES) train_ddp.py $(PRESET) --data $(DATA) --out $(OUT) $(ARGS)
+	@n=$(PROCESSES); torchrun="-m torch.distributed.run --standalone --nproc-per-node=$$n"; test "$$n" = 1 && torchrun=; \
+	exec $(PY) $$torchrun train_ddp.py $(PRESET) --data $(DATA) --out $(OUT) $(ARGS)
 
 test: | $(READY) ## the tests (under 15 minutes on 2 cores)
 	@$(PY) -m pytest -m "not slow"

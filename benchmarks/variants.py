@@ -91,7 +91,7 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
     measurements: list[Measurement] = []
     notes: list[str] = []
     for config in configs:
-        progress.say(f"{config.model.arch}: building and warming up {len(ROWS)} steps …")
+        progress.say(f"{config.model.arch}: building and warming up {len(ROWS) - len(EXPERIMENTS)} steps …")
         with side_by_side():
             rows = Rows(config, device, first(images, max(len(images), batch)))
             rows.measure(rounds, steps, progress)
@@ -100,10 +100,9 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
         measurements += rows.measurements(bound)
         notes += [f"{config.model.arch}: {note}" for note in rows.left_out]
         del rows
-        torch.compiler.reset()
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+        _free(device)
+    if common.quick:
+        notes.append(f"Left out in the short form: {', '.join(EXPERIMENTS)}.")
     bound_of = "bf16" if cuda else "float32"
     notes.append(f"MFU is of the {bound / 1e12:.3g} TFLOP/s of a {bound_of} matmul, measured in this run.")
     if not cuda:
@@ -139,8 +138,16 @@ def _small(config: Config) -> Config:
     return configuration.replace(config, **(SMALL_VIT if config.model.arch.startswith("vit_") else SMALL))
 
 
+def _free(device: torch.device) -> None:
+    """Compiled models that nothing refers to any more: they are cycles, and keep what their CUDA graphs reserved."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 class Rows:
-    """All steps of one architecture, side by side on one device."""
+    """All steps of one architecture, side by side on one device; then the experiments."""
 
     def __init__(self, config: Config, device: torch.device, images: DatasetIndex) -> None:
         self.config, self.device = config, device
@@ -156,7 +163,10 @@ class Rows:
         for name, changes in _cumulative():
             reason = self._why_not(name, changes) or self._fits(name, changes)
             if reason:
-                self._leave_out(name, reason)
+                self.left_out.append(f"{name} left out: {reason}.")
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
 
     def _why_not(self, name: str, changes: Changes) -> str | None:
         """What keeps a row from being measured here, as one phrase; None if nothing does."""
@@ -178,12 +188,6 @@ class Rows:
         except torch.OutOfMemoryError:
             return "the GPU has no memory for it beside the others; lower --batch-size"
         return None
-
-    def _leave_out(self, name: str, reason: str) -> None:
-        self.left_out.append(f"{name} left out: {reason}.")
-        gc.collect()  # a compiled model is a cycle
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _add_variant(self, name: str, changes: Changes) -> None:
         if self.config.run.amp != "bf16":
@@ -231,20 +235,20 @@ class Rows:
 
     def experiment(self, rounds: int, steps: int, progress: Progress) -> None:
         """Measure each of `EXPERIMENTS`; one that fails is left out, with the error for a reason."""
-        self._steps.clear()
         *_, (_, changes) = _cumulative()
         for name, added in EXPERIMENTS.items():
+            self._steps.clear()
+            _free(self.device)
             reason = self._why_not(name, changes)
             if reason is None:
                 try:
                     self._add_variant(name, replace(changes, **added))
                     self.measure(rounds, steps, progress)
-                except (ConfigError, ImportError, RuntimeError) as error:
+                except Exception as error:  # of a compiler, a library, a driver: the other rows are not to be lost
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
                     self.milliseconds.pop(name, None)
-            self._steps.clear()
             if reason:
-                self._leave_out(name, reason)
+                self.left_out.append(f"{name} left out: {reason}.")
 
     def measurements(self, bound: float) -> Iterator[Measurement]:
         """A table of this architecture; `bound` in FLOP/s."""

@@ -74,7 +74,7 @@ def decode(paths: Sequence[str], device: str = "cpu", jpeg_engine: bool = True) 
     )
     def graph() -> Node:
         names = [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
-        return decoded(fn.external_source(source=lambda: names, batch=True), Decoder(device != "cpu", jpeg_engine))
+        return decoded(fn.external_source(source=lambda: names, batch=True), 0, Decoder(device != "cpu", jpeg_engine))
 
     (output,) = graph().run()
     return [np.array(image) for image in output.as_cpu()]

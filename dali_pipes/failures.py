@@ -1,11 +1,11 @@
 """Images that went bad since the scan: which they are, and how many are too many."""
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from dali_pipes.file_check import check_file
 from dali_pipes.index import READERS, DatasetError, DatasetIndex
+from dali_pipes.scan_cache import stamp
 
 
 def tolerated(count: int) -> int:
@@ -47,5 +47,7 @@ def _reason(index: DatasetIndex, row: int) -> str:
         return check.reason
     if (check.width, check.height) != size:
         return f"another image: {check.width} x {check.height}, and {size[0]} x {size[1]} when it was scanned"
-    length, scanned = os.path.getsize(path), int(index.file_sizes[row])
-    return f"another image: {length} bytes, and {scanned} when it was scanned" if length < scanned else ""
+    now, scanned = stamp(path), int(index.file_sizes[row])
+    if now is not None and now[0] < scanned:
+        return f"another image: {now[0]} bytes, and {scanned} when it was scanned"
+    return ""

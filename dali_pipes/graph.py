@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import math as dali_math
 
 from dali_pipes import operators
 from dali_pipes.index import DatasetIndex
@@ -43,7 +44,6 @@ def build_pipeline(
     names: Sequence[Sequence[str]],
     specs: Sequence[ViewSpec],
     *,
-    sized: bool,
     batch_size: int,
     device: torch.device,
     decoder: Decoder,
@@ -56,11 +56,10 @@ def build_pipeline(
 
     Args:
         source: called once a batch, in order, `prefetch` batches ahead; returns a list of the files' names as uint8
-            arrays, if `sized` their sizes, int32 (N, 1), then for each view the arrays that `names` lists (see
-            `arguments.py`). N may be below `batch_size`.
+            arrays, their sizes as int32 (N, 1), then for each view the arrays that `names` lists (see `arguments.py`).
+            N may be below `batch_size`.
         names: for each view, the names of its inputs.
         specs: for each view, what it applies.
-        sized: whether a file that is shorter than its size is a failure.
         batch_size: the largest N.
         device: "cpu", or a CUDA device: then decoding and augmentation run there.
         decoder: on the same device.
@@ -81,11 +80,8 @@ def build_pipeline(
         enable_conditionals=True,
     )
     def graph() -> tuple[Any, ...]:
-        path, *flat = fn.external_source(source=source, num_outputs=1 + sized + sum(map(len, names)), batch=True)
-        size = None
-        if sized:
-            size = flat.pop(0)
-        image = decoded(path, decoder, size)
+        path, size, *flat = fn.external_source(source=source, num_outputs=2 + sum(map(len, names)), batch=True)
+        image = decoded(path, size, decoder)
         views = []
         for i in range(len(specs)):
             inputs = {name: flat.pop(0) for name in names[i]}
@@ -101,16 +97,16 @@ def build_pipeline(
     return pipeline
 
 
-def decoded(path: Any, decoder: Decoder, size: Any = None) -> Any:
+def decoded(path: Any, size: Any, decoder: Decoder) -> Any:
     """The images of files, uint8 (height, width, 3) RGB: on the CPU bit for bit what Pillow's convert("RGB") gives.
 
-    size: of the files, bytes; a shorter file is then a failure, and of a longer one no more is read.
+    size: what each file has at least, bytes; a shorter one is a failure.
     """
     # Reading by mmap makes a file that became empty stick: every later batch fails, too.
     encoded = fn.io.file.read(path, dont_use_mmap=True)
-    if size is not None:
-        # A decoder may take a file that was cut off for a whole one, and leave the rest of the image gray.
-        encoded = fn.slice(encoded, start=[0], shape=size, axes=[0], out_of_bounds_policy="error")
+    # All of it. A decoder may take a file that was cut off for a whole one, and leave the rest of the image gray.
+    whole = dali_math.max(encoded.shape(dtype=types.INT32), size)
+    encoded = fn.slice(encoded, start=[0], shape=whole, axes=[0], out_of_bounds_policy="error")
     options: dict[str, Any] = {}
     if decoder.on_gpu:
         options["hw_decoder_load"] = 1.0 if decoder.jpeg_engine else 0.0

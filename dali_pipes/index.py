@@ -37,7 +37,7 @@ class DatasetIndex:
     labels: NDArray[np.int64]
     widths: NDArray[np.int32]  # as stored in the file: an EXIF orientation is not applied
     heights: NDArray[np.int32]
-    file_sizes: NDArray[np.int64]  # bytes; 0 where an index of an earlier version did not say
+    file_sizes: NDArray[np.int64]  # bytes; 0 where it is not known
     classes: tuple[str, ...]
     rejected: list[tuple[str, str]]  # (path, reason)
 
@@ -105,7 +105,7 @@ class DatasetIndex:
             labels=np.array([found.labels[row] for row in good], np.int64),
             widths=looks.widths[good],
             heights=looks.heights[good],
-            file_sizes=looks.sizes[good],
+            file_sizes=np.maximum(looks.sizes[good], 0),
             classes=found.classes,
             rejected=rejected,
         )

@@ -42,7 +42,6 @@ class Plan(ABC):
     ) -> None:
         self.index, self.specs, self.seed, self.batch_size = index, tuple(specs), seed, batch_size
         self.rank, self.world_size = rank, world_size
-        self.sized = bool((index.file_sizes > 0).all())  # whether the graph is told the files' sizes
         self.failed: frozenset[int] = frozenset()  # rows; changed by `fail`
         self._epoch, self._share = -1, np.zeros(0, np.int64)
 
@@ -90,11 +89,11 @@ class Plan(ABC):
         )
 
     def inputs(self, rows: NDArray[np.int64], drawn: Sequence[SampleParams]) -> list[Any]:
-        """What the graph takes for these rows: the files' names, if `sized` their sizes, then what `names` lists."""
+        """What the graph takes for these rows: the files' names and sizes, then the arrays that `names` lists."""
         files = [np.frombuffer(os.fsencode(self.index.path(row)), np.uint8) for row in rows]
-        sizes = [np.minimum(self.index.file_sizes[rows], _MOST_BYTES).astype(np.int32)[:, None]] if self.sized else []
+        sizes = np.minimum(self.index.file_sizes[rows], _MOST_BYTES).astype(np.int32)[:, None]
         views = [self.view_arguments(view, rows, params) for view, params in enumerate(drawn)]
-        return [files, *sizes, *(np.ascontiguousarray(array) for arrays in views for array in arrays.values())]
+        return [files, sizes, *(np.ascontiguousarray(array) for arrays in views for array in arrays.values())]
 
 
 class ViewPlan(Plan):

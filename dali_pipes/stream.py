@@ -109,7 +109,6 @@ class Stream:
             self._feed,
             self._plan.names(),
             self._plan.specs,
-            sized=self._plan.sized,
             batch_size=self._plan.batch_size,
             device=self._device,
             decoder=self._decoder,

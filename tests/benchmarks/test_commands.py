@@ -137,6 +137,7 @@ def test_an_experiment_that_fails_is_left_out_with_its_reason(result_of, monkeyp
     monkeypatch.setattr(reference_step, "float8_blocks", failing)
     monkeypatch.setattr(reference_step, "compile_encoders", lambda model: None)
     monkeypatch.setattr(engine, "compile_encoders", lambda model: None)
+    monkeypatch.setattr(preparation, "_missing_compiler", lambda device: None)
     monkeypatch.setattr(variants, "multiplies_float8", lambda device: True)
     result = result_of(VARIANTS, "--presets", "demo")
     assert any(f"{variants.FLOAT8} left out: no kernel for this." in note for note in result.notes)

@@ -140,13 +140,20 @@ def test_the_run_goes_on_and_no_other_slot_changes(index, undisturbed, damage):
         assert torch.equal(mine[1], own[1])
 
 
-def test_what_is_appended_to_a_file_is_not_read(index, undisturbed):
-    for path in index.paths:
-        with open(path, "ab") as file:
-            file.write(b"more")
+def test_a_longer_file_is_no_failure(index, undisturbed):
+    victim, other = undisturbed[0][0][0], undisturbed[0][0][1]
+    path = index.tree / index.names[victim]
+    path.write_bytes(encoded(picture(99), "PNG"))
+    assert path.stat().st_size > index.file_sizes[victim]
+    with open(index.path(other), "ab") as file:
+        file.write(b"more")
     loader = make(index)
-    assert check_slots(copied(loader, epochs=3), undisturbed, failed=()) == 0
-    assert loader.failed == []
+    rows, views = copied(loader)[0]
+    assert (loader.failed, rows) == ([], undisturbed[0][0])
+    reference = ReferenceViews(index, MOCO_V3.scaled(16), seed=3)[victim][0]
+    for mine, theirs, before in zip(views, reference, undisturbed[0][1], strict=True):
+        assert Gap.between([mine[0]], [theirs]).mean < 0.05  # the new image
+        assert torch.equal(mine[1], before[1])
 
 
 def test_an_index_without_the_sizes_of_files_serves_as_before(index, undisturbed):

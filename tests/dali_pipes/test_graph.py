@@ -26,7 +26,7 @@ def asked(monkeypatch):
 
         monkeypatch.setattr(fn.decoders, "image", image)
         with Pipeline(batch_size=1, num_threads=1, device_id=None):
-            decoded(fn.external_source(name="path"), decoder)
+            decoded(fn.external_source(name="path"), 0, decoder)
         return found
 
     return call
