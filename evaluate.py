@@ -115,6 +115,7 @@ def _find(argv: list[str], world: World) -> Found:
     for warning in run.warnings:
         print(f"warning: {warning}; taking the one before")
     train, val = _scan(command.data)
+    _check_output(command)
     if isinstance(command, Finetune):
         with torch.device("meta"):
             tunable(command, run)
@@ -123,6 +124,22 @@ def _find(argv: list[str], world: World) -> Found:
     except OSError as error:
         raise ConfigError(f"--run {command.run} cannot be written: {error.strerror}") from None
     return Found(command, run, train, val)
+
+
+def _output(command: Evaluation) -> Path:
+    name = command.name or command.kind + ("-untrained" if command.untrained else "")
+    return command.run / "eval" / f"{name}.json"
+
+
+def _check_output(command: Evaluation) -> None:
+    """Raise ConfigError if the result that would be replaced is of other images."""
+    output = _output(command)
+    try:
+        before = Path(json.loads(output.read_text())["flags"]["data"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
+        return
+    if before.absolute() != command.data.absolute():
+        raise ConfigError(f"{output} is of --data {before}; give this one another --name")
 
 
 def _scan(data: Path) -> tuple[DatasetIndex, DatasetIndex]:
@@ -170,8 +187,7 @@ def _evaluate(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-    name = command.name or command.kind + ("-untrained" if command.untrained else "")
-    output = command.run / "eval" / f"{name}.json"
+    output = _output(command)
     write_atomically(output, (json.dumps(facts, indent=2, default=str) + "\n").encode())
     evaluator.say(f"file   {output}")
 

@@ -178,9 +178,8 @@ class Config:
         if not 0 <= self.model.moco_m <= 1:
             raise ConfigError(f"--moco-m {self.model.moco_m} is not between 0 and 1")
         if not 0 <= self.optim.warmup_epochs <= self.optim.epochs:
-            raise ConfigError(
-                f"--warmup-epochs {self.optim.warmup_epochs} is not between 0 and --epochs {self.optim.epochs}"
-            )
+            warmup, epochs = self.optim.warmup_epochs, self.optim.epochs
+            raise ConfigError(f"--warmup-epochs {warmup} is not between 0 and --epochs {epochs}; set both")
         for flag, number in {
             "--lr": self.optim.lr,
             "--weight-decay": self.optim.weight_decay,

@@ -166,7 +166,7 @@ def description(run: TrainedRun, form: str, file: str) -> dict[str, Any]:
     if form == "official" and not _has_reference_sizes(run):
         about["note"] = f"the reference's {arch} has other sizes or heads, and its code cannot load this file"
     elif form != "official" and "vit_conv" in arch:
-        about["note"] = "timm has no such conv stem: load it in a checkout of this repository"
+        about["note"] = "timm has no such conv stem: load it with a checkout of this repository on PYTHONPATH"
     return about
 
 
@@ -244,7 +244,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     after = f"{about['step']} steps ({about['epochs']} epochs)"
     print(f"{command.out}: {about['arch']} after {after}, {command.format} format; it loads by")
-    print("\n".join(f"  {line}" for line in about["load"]))
+    print("\n".join(f"  {line.replace(repr(command.out.name), repr(str(command.out)))}" for line in about["load"]))
     if "note" in about:
         print(f"note: {about['note']}")
     return 0

@@ -75,8 +75,8 @@ def test_the_probe_under_torchrun_is_the_probe_alone(evaluate, trained, sample, 
     even = trained.parent / "even"
     shutil.copytree(sample, even)
     next((even / "train").rglob("more*")).unlink()
-    assert main([*PROBE, "--run", str(trained), "--data", str(even)]) == 0
-    alone = json.loads((trained / "eval" / "linear.json").read_text())
+    assert main([*PROBE, "--run", str(trained), "--data", str(even), "--name", "alone"]) == 0
+    alone = json.loads((trained / "eval" / "alone.json").read_text())
     process = under_torchrun(*PROBE, "--run", trained, "--data", even, "--name", "ranks")
     assert process.returncode == 0, process.stderr
     together = json.loads((trained / "eval" / "ranks.json").read_text())
@@ -145,6 +145,14 @@ def test_a_run_that_cannot_be_written(refused, trained, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     assert f"--run {trained} cannot be written: Read-only file system" in refused("knn")
+
+
+def test_a_result_of_other_images_is_not_replaced(evaluate, refused, sample, tmp_path):
+    found = evaluate("knn", "--k", 5, "--device", "cpu", "--name", "kept", name="kept")
+    shutil.copytree(sample, tmp_path / "other")
+    line = refused("knn", "--name", "kept", data=tmp_path / "other")
+    assert f"kept.json is of --data {sample}; give this one another --name" in line
+    assert evaluate("knn", "--k", 5, "--device", "cpu", "--name", "kept", name="kept")["accuracy"] == found["accuracy"]
 
 
 def test_data_that_cannot_be_evaluated_on(refused, sample, tmp_path):
