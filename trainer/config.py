@@ -172,7 +172,7 @@ class Config:
         check_divisible(batch, world_size)
         if self.model.backbone and not self.model.arch.startswith("vit_"):
             flags = " ".join(f"--{name.replace('_', '-')} None" for name in self.model.backbone)
-            raise ConfigError(f"--arch {self.model.arch} has no width and depth to set; add {flags}")
+            raise ConfigError(f"--arch {self.model.arch} has no width and depth; if the name is right, add {flags}")
         if not 0 < self.data.crop_min <= 1:
             raise ConfigError(f"--crop-min {self.data.crop_min} is not above 0 and at most 1")
         if not 0 <= self.model.moco_m <= 1:

@@ -81,7 +81,11 @@ def test_an_unknown_preset_names_the_known_ones():
         ({"warmup_epochs": 30, "epochs": 20}, 1, "--warmup-epochs 30 is not between 0 and --epochs 20"),
         ({"moco_t": 0.0}, 1, "--moco-t 0.0 is not positive"),
         ({"image_size": -1}, 1, "--image-size -1 is not positive"),
-        ({"arch": "resnet50"}, 1, "--arch resnet50 has no width and depth to set; add --embed-dim None --depth None"),
+        (
+            {"arch": "resnet50"},
+            1,
+            "--arch resnet50 has no width and depth; if the name is right, add --embed-dim None --depth None",
+        ),
         ({"depth": 0}, 1, "--depth 0 is not positive"),
         ({"workers": 0}, 1, "--workers 0 is not positive"),
         ({"max_steps": 0}, 1, "--max-steps 0 is not positive"),
