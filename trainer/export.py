@@ -151,7 +151,7 @@ def description(run: TrainedRun, form: str, file: str) -> dict[str, Any]:
         "arch": arch,
         "constructor": builder.constructor,
         "arguments": builder.arguments,
-        "load": builder.code() + _reading(form, file, "fc" if arch in RESNETS else "head"),
+        "load": loading(run, form, file),
         "heads": _attention_heads(run.model.base_encoder),
         "features": run.model.feature_dim,
         "image_size": run.config.data.image_size,
@@ -168,6 +168,11 @@ def description(run: TrainedRun, form: str, file: str) -> dict[str, Any]:
     elif form != "official" and "vit_conv" in arch:
         about["note"] = "timm has no such conv stem: load it with a checkout of this repository on PYTHONPATH"
     return about
+
+
+def loading(run: TrainedRun, form: str, file: str) -> list[str]:
+    """Lines of Python that leave the backbone with the weights of `file` in `model`."""
+    return _builder(run).code() + _reading(form, file, "fc" if run.config.model.arch in RESNETS else "head")
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     after = f"{about['step']} steps ({about['epochs']} epochs)"
     print(f"{command.out}: {about['arch']} after {after}, {command.format} format; it loads by")
-    print("\n".join(f"  {line.replace(repr(command.out.name), repr(str(command.out)))}" for line in about["load"]))
+    print("\n".join(f"  {line}" for line in loading(run, command.format, str(command.out))))
     if "note" in about:
         print(f"note: {about['note']}")
     return 0
