@@ -87,7 +87,7 @@ def test_a_bad_step_changes_nothing(flags, sample):
     assert reading.numbers["bad_steps"] == [{"step": 2, "rank": 0, "indices": [2]}]
 
 
-@pytest.mark.parametrize(("amp", "least", "most"), [("off", 0, 1e-5), ("tf32", 1e-5, 1e-2)])
+@pytest.mark.parametrize(("amp", "least", "most"), [("off", 0, 5e-5), ("tf32", 5e-5, 1e-2)])
 def test_what_stays_float32_has_the_bits_that_were_asked_for(amp, least, most, sample, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)  # to be restored
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
