@@ -16,5 +16,5 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False  # it picks kernels by their speed of the moment
-    # As torch.compile did in padding matrices; from torch 2.10 on it does not in this mode.
+    # As torch 2.8 does when it compiles: it pads matrices. 2.11 does not in this mode.
     inductor.shape_padding = False

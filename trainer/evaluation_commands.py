@@ -29,8 +29,8 @@ class Evaluation:
     workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
     """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
     name: str | None = None
-    """Of the result, RUN/eval/NAME.json (default: the kind of evaluation); an older one of
-    that name is replaced, if it is of the same --data."""
+    """Of the result, RUN/eval/NAME.json (default: the kind of evaluation); an older one of that name is replaced, if it
+    is of the same --data."""
 
     @property
     def kind(self) -> str:
