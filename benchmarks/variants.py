@@ -50,6 +50,7 @@ ADDED: dict[str, dict[str, Any]] = {
 CUDA_GRAPHS, FLOAT8 = "experiment: CUDA graphs", "experiment: float8 linear layers"
 EXPERIMENTS: dict[str, dict[str, Any]] = {CUDA_GRAPHS: {"cuda_graphs": True}, FLOAT8: {"float8": True}}
 ROWS = (REFERENCE, *ADDED, OURS, *EXPERIMENTS)
+VIT_ROWS = (ONE_PASS, FLOAT8)  # a ResNet has batch norm in its backbone, and no linear layers
 PRESETS = ("vit-s-300ep", "vit-b-300ep", "r50-100ep")
 QUANTITIES = ("images/s", "ms/step", "MFU, %", "peak memory, GB")
 WARM_UP = 3

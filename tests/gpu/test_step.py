@@ -87,10 +87,15 @@ def test_a_bad_step_changes_nothing(flags, sample):
     assert reading.numbers["bad_steps"] == [{"step": 2, "rank": 0, "indices": [2]}]
 
 
+@pytest.fixture
+def precision_restored():
+    """To torch's own defaults: its settings are no plain attributes, which monkeypatch could put back."""
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+
+
 @pytest.mark.parametrize(("amp", "least", "most"), [("off", 0, 5e-5), ("tf32", 5e-5, 1e-2)])
-def test_what_stays_float32_has_the_bits_that_were_asked_for(amp, least, most, sample, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)  # to be restored
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+def test_what_stays_float32_has_the_bits_that_were_asked_for(amp, least, most, sample, precision_restored):
     engine_for(sample / "train", "--device", "cuda", "--amp", amp).loader.close()
     a, b = torch.randn(2, 256, 256, device="cuda")
     image, kernel = torch.randn(1, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
