@@ -64,9 +64,8 @@ def machine() -> Finding:
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     text = f"{cpu_model()}, {cores} cores, {memory:.0f} GB; {platform.platform()}"
-    need = CORES_A_GPU * _gpu_count()
-    if cores < need:
-        return Finding("machine", "slow", f"{text}: fewer than {need} cores for {_gpu_count()} GPUs may starve them")
+    if cores < CORES_A_GPU * _gpu_count():
+        return Finding("machine", "slow", f"{text}: fewer than {CORES_A_GPU} cores a GPU may starve it")
     return Finding("machine", "ok", text)
 
 
