@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from dali_pipes import IMAGENET_MEAN, IMAGENET_STD, DatasetIndex, Recipe, ViewSpec
@@ -153,4 +153,4 @@ def _open_pillow(path: str) -> Image.Image:
 
 
 def _open_tensor(path: str) -> Tensor:
-    return decode_jpeg(read_file(path), ImageReadMode.RGB)
+    return decode_image(read_file(path), ImageReadMode.RGB)

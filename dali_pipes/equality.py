@@ -30,7 +30,7 @@ from dali_pipes.augment import Augment, why_not_fused
 from dali_pipes.gap import Gap
 from dali_pipes.index import DatasetIndex
 from dali_pipes.listing import training_tree
-from dali_pipes.loader import ViewLoader
+from dali_pipes.loader import ViewLoader, available
 from dali_pipes.order import epoch_permutation
 from dali_pipes.reference import load_image, reference_view
 from dali_pipes.sampling import sample_params
@@ -84,6 +84,7 @@ def main(
     """
     if draws < 1 or min(sizes, default=0) < 1:
         raise ValueError(f"--draws {draws} --sizes {' '.join(map(str, sizes))}: give numbers above 0")
+    available(device)
     index = DatasetIndex.scan(training_tree(data), outside=outside)
     chosen: Augment = "dali" if augment == "dali" else "fused"
     if augment == "auto" and (device == "cpu" or why_not_fused(torch.device(device), RECIPES[recipe]) is not None):

@@ -1,6 +1,7 @@
 """Which files a dataset consists of, and their labels: a tree of class folders, a flat folder, or a list file."""
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +97,9 @@ def _list(file: Path, outside: bool) -> Listing:
 
 
 def _entry(line: str, place: str) -> tuple[str, int | None]:
-    path, _, last = line.rpartition(" ") if " " in line else line.rpartition("\t")
-    label = int(last) if path and last.isdecimal() else None
-    name = os.path.normpath(line if label is None else path.rstrip())
+    labelled = re.fullmatch(r"(.*\S)[ \t]+([0-9]+)", line)  # a name may hold blanks, and a tab stand before the label
+    path, label = (labelled[1], int(labelled[2])) if labelled else (line, None)
+    name = os.path.normpath(path)
     if label is not None and label >= _MOST_LABELS:
         raise DatasetError(f"{place}: label {label} is not below {_MOST_LABELS}; number the classes from 0")
     return name, label

@@ -73,7 +73,9 @@ def accuracy(
     for start in range(0, len(queries), rows):
         similarity, nearest = (queries[start : start + rows] @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(similarity), classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+        # Less the largest one, which changes no vote: at a temperature of 0.01 the weights alone overflow float32.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes.scatter_add_(1, bank_labels[nearest], weights)
         right += int((votes.argmax(1) == labels[start : start + rows]).sum())
     return right / len(queries)
 

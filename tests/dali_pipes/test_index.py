@@ -90,7 +90,7 @@ def test_too_many_pixels(tmp_path):
 def test_a_list_gives_the_rows_and_their_order(tree):
     (tree / "b" / "two words 3.jpg").write_bytes(encoded(picture(8), "JPEG"))
     (tree / "odd\udcff.jpg").write_bytes(encoded(picture(9), "JPEG"))
-    lines = [b"b/10.jpg 3", b"", b"./a/x.JPEG\t0", b"b/two words 3.jpg 1", b"  odd\xff.jpg 1  ", b"gone.jpg 2"]
+    lines = [b"b/10.jpg 3", b"", b"./a/x.JPEG\t0", b"b/two words 3.jpg\t1", b"  odd\xff.jpg 1  ", b"gone.jpg 2"]
     (tree / "list.txt").write_bytes(b"\n".join(lines))
     index = DatasetIndex.scan(tree / "list.txt")
     assert index.names == ["b/10.jpg", "a/x.JPEG", "b/two words 3.jpg", "odd\udcff.jpg"]

@@ -27,7 +27,7 @@ def unit(*shape, seed):
     return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=1)
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (20, 1.0), (500, 0.07)])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (20, 1.0), (500, 0.07), (20, 0.002)])
 def test_accuracy_is_the_share_of_won_votes(k, temperature):
     bank, queries = unit(200, 8, seed=0), unit(60, 8, seed=1)
     labels = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(2))
