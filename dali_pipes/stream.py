@@ -74,7 +74,12 @@ class Stream:
         if not under_way:
             self._feed.next = position
         if self._pipeline is None:
-            self._pipeline = self._build()
+            try:
+                self._pipeline = self._build()
+            except RuntimeError as error:  # none of an image's; the decoder sets memory aside
+                if _NO_MEMORY.search(str(error)):
+                    raise torch.OutOfMemoryError(str(error)) from None
+                raise
         try:
             self._run_ahead()
             outputs = self._outputs()

@@ -319,6 +319,15 @@ def test_too_little_memory_is_no_trouble_of_the_images(index, monkeypatch):
         next(batches)
 
 
+def test_too_little_memory_to_build_the_pipeline(index, monkeypatch):
+    def build(*args, **options):
+        raise RuntimeError("Can't allocate 4096 bytes on device 0.")
+
+    monkeypatch.setattr("dali_pipes.stream.build_pipeline", build)
+    with pytest.raises(torch.OutOfMemoryError, match="Can't allocate 4096 bytes on device 0"):
+        next(iter(make(index)))
+
+
 def test_a_state_with_rows_of_another_index(index):
     state = make(index).state_dict()
     with pytest.raises(ValueError, match="are not all rows of an index of 25"):
