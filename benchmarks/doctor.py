@@ -187,8 +187,15 @@ def compiler() -> Finding:
 
 def triton() -> Finding:
     """Whether the fused kernels have what they need."""
+    import torch
+
+    from dali_pipes import MOCO_V3
+    from dali_pipes.augment import why_not_fused
+
     version = package_version("triton")
     if version is not None:
+        if _gpu_count() and (reason := why_not_fused(torch.device("cuda"), MOCO_V3)) is not None:
+            return Finding("Triton", "slow", f"triton {version}, but {reason}: augmentation by DALI's operators")
         return Finding("Triton", "ok", f"triton {version}: compiled GPU code and the fused augmentation")
     state: State = "missing" if _gpu_count() else "note"
     return Finding("Triton", state, "not installed: no compiled GPU code, no fused augmentation; comes with torch+CUDA")

@@ -115,6 +115,14 @@ def test_no_compiler_costs_speed_and_says_which(monkeypatch, tmp_path):
     assert "compiler" in finding.text
 
 
+def test_without_a_c_compiler_a_gpu_has_no_fused_augmentation(monkeypatch, cards):
+    cards(count=1)
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    finding = doctor.triton()
+    assert finding.state == "slow"
+    assert "no C compiler (/nowhere/cc)" in finding.text
+
+
 def test_a_check_that_breaks_leaves_the_others_alone(monkeypatch):
     def broken():
         raise RuntimeError("CUDA driver initialization failed\nwith a second line")
