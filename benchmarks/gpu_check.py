@@ -5,6 +5,9 @@
 Runs the GPU tests, 200 steps of training on generated JPEGs, the equality table with the decoder, and short forms of
 the benchmarks, each as a process of its own: one that fails or hangs leaves the others alone, and the file holds what
 is done so far. Uses this Python as it stands. Exit code 0: all passed; 1: a part failed or found no time; 2: wrong use.
+
+Where the GPU is lent for minutes, `--only` spreads the parts over several calls: the file keeps those of earlier calls
+as long as code, versions and machine are the same.
 """
 
 import json
@@ -55,7 +58,7 @@ class GpuCheck:
     images: int = 256
     """Generated JPEGs."""
     only: tuple[str, ...] = ()
-    """Names of parts, to spread them over several calls (default: all)."""
+    """Names of parts; the file keeps the others that it has of the same code on the same machine (default: all)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Outcome:
 
     name: str
     command: str
+    created: str  # UTC, ISO 8601
     ok: bool
     seconds: float
     reason: str = ""
@@ -95,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     deadline = time.monotonic() + 60 * flags.minutes
-    started, env = now(), environment(device)
+    env = environment(device)
     hardware = re.sub(r"[^a-z0-9]+", "_", env["hardware"].lower())
     file = flags.out / f"gpu_check-{hardware}.json"
+    records = earlier(file, env) if flags.only else {}
     with tempfile.TemporaryDirectory() as scratch:
         # Made here, so that no part pays for it.
         _link(generated(FOLDER, flags.images), math.prod(TRAINING[flags.device]), Path(scratch, IMAGES))
@@ -108,12 +113,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = _run(part, deadline)
             outcomes.append(outcome)
             console.print(f"{'ok  ' if outcome.ok else 'FAIL'} {part.name}: {outcome.seconds:.0f} s {outcome.reason}")
-            record = {"schema": 1, "created": started, "environment": env, "parts": [asdict(o) for o in outcomes]}
+            records[part.name] = asdict(outcome)
+            record = {"schema": 1, "environment": env, "parts": [records[name] for name in names if name in records]}
             # Each time: whoever lends the GPU may end this, too.
             write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
     failed = [o.name for o in outcomes if not o.ok]
     print(f"{file}: " + (f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}" if failed else "all passed"))
     return 1 if failed else 0
+
+
+def earlier(file: Path, env: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parts of a file by their names; none if there is no file, or its machine, versions or commit are others."""
+    try:
+        record = json.loads(file.read_text())
+        if {**record["environment"], "busy_cores": env["busy_cores"]} != env:
+            return {}
+        return {part["name"]: part for part in record["parts"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
@@ -143,7 +160,7 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
         out = scratch / f"variants_{arch}"
         arguments = ["-m", "benchmarks.variants", "--presets", PRESETS[arch], *small, *quick, "--out", str(out)]
         arguments += ["--compile", "off"] if cpu else []
-        return Part(f"variants {arch}", arguments, 120, partial(_result, out, "variants*"))
+        return Part(f"variants {arch}", arguments, 240, partial(_result, out, "variants*"))
 
     def short(name: str) -> Part:
         arguments = ["-m", f"benchmarks.{name}", *quick, "--out", str(scratch)]
@@ -158,9 +175,9 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
         step(vit_small),
         short("loader"),
         short("ablation"),
-        Part("GPU tests: training", [*pytest, *others], 240, passed),
+        Part("GPU tests: training", [*pytest, *others], 300, passed),
         *map(step, larger),
-        # Last: they compile each model once more, from the cache that the steps above left.
+        # Last: they take longest, for they compile each model for one view, for two and in one pass.
         *map(variants, PRESETS),
     ]
 
@@ -220,35 +237,37 @@ def _result(folder: Path, pattern: str, output: str) -> dict[str, Any]:
 
 
 def _run(part: Part, deadline: float) -> Outcome:
-    command = " ".join(["python", *part.arguments])
+    command, created = " ".join(["python", *part.arguments]), now()
     limit = min(part.seconds, deadline - time.monotonic())
     if limit <= 0:
-        return Outcome(part.name, command, ok=False, seconds=0.0, reason="not run: the time was over")
-    started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *part.arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},  # what a part printed before it was ended is not lost
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-        reason = "" if process.returncode == 0 else f"exit code {process.returncode}"
-    except subprocess.TimeoutExpired:
-        for each in list(_family(process.pid)):
-            with suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
-        output, _ = process.communicate()
-        reason = f"ended after {limit:.0f} s"
+        return Outcome(part.name, command, created, ok=False, seconds=0.0, reason="not run: the time was over")
+    started, reason = time.monotonic(), ""
+    # A file, no pipe: a process that outlives the part cannot hold it open.
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(
+            [sys.executable, *part.arguments],
+            cwd=ROOT,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},  # what a part printed before it was ended is not lost
+        )
+        try:
+            if code := process.wait(timeout=limit):
+                reason = f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            for each in list(_family(process.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+            process.wait()
+            reason = f"ended after {limit:.0f} s"
+        printed.seek(0)
+        output = printed.read().decode(errors="replace")
     seconds, findings = round(time.monotonic() - started, 1), {}
     try:
         findings = part.findings(output)
     except ValueError as error:
         reason = f"{reason}; {error}" if reason else str(error)
-    return Outcome(part.name, command, not reason, seconds, reason, findings, output[-TAIL:])
+    return Outcome(part.name, command, created, not reason, seconds, reason, findings, output[-TAIL:])
 
 
 def _family(process: int) -> Iterator[int]:

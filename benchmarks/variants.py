@@ -51,6 +51,7 @@ CUDA_GRAPHS, FLOAT8 = "experiment: CUDA graphs", "experiment: float8 linear laye
 EXPERIMENTS: dict[str, dict[str, Any]] = {CUDA_GRAPHS: {"cuda_graphs": True}, FLOAT8: {"float8": True}}
 ROWS = (REFERENCE, *ADDED, OURS, *EXPERIMENTS)
 VIT_ROWS = (ONE_PASS, FLOAT8)  # a ResNet has batch norm in its backbone, and no linear layers
+NO_ROOM = "the GPU has no memory for it beside the others; lower --batch-size"
 PRESETS = ("vit-s-300ep", "vit-b-300ep", "r50-100ep")
 QUANTITIES = ("images/s", "ms/step", "MFU, %", "peak memory, GB")
 WARM_UP = 3
@@ -164,10 +165,7 @@ class Rows:
         for name, changes in _cumulative():
             reason = self._why_not(name, changes) or self._fits(name, changes)
             if reason:
-                self.left_out.append(f"{name} left out: {reason}.")
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._leave_out(name, reason)
 
     def _why_not(self, name: str, changes: Changes) -> str | None:
         """What keeps a row from being measured here, as one phrase; None if nothing does."""
@@ -187,8 +185,18 @@ class Rows:
         try:
             self._add_variant(name, changes)
         except torch.OutOfMemoryError:
-            return "the GPU has no memory for it beside the others; lower --batch-size"
+            return NO_ROOM
         return None
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        """Say why a row is not measured, and free what it took."""
+        self.left_out.append(f"{name} left out: {reason}.")
+        self._steps.pop(name, None)
+        self.milliseconds.pop(name, None)
+        self.peak_gb.pop(name, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _add_variant(self, name: str, changes: Changes) -> None:
         if self.config.run.amp != "bf16":
@@ -220,19 +228,32 @@ class Rows:
         self._steps[name] = step
 
     def measure(self, rounds: int, steps: int, progress: Progress) -> None:
-        """`rounds` times every row in turn."""
+        """`rounds` times every row in turn; a row that the GPU's memory turns out not to hold is left out."""
         names = [name for name in ROWS if name in self._steps]
         self.milliseconds |= {name: [] for name in names}
         progress.expect(rounds * len(names))
         for turn in range(rounds):
             for name in names:
+                if name not in self._steps:
+                    continue
                 progress.part(f"{self.config.model.arch}, {name}: round {turn + 1} of {rounds}")
-                wait_until_idle(self.device)
-                started = time.perf_counter()
-                for _ in range(steps):
-                    self._steps[name]()
-                finish(self.device)
-                self.milliseconds[name].append(1000 * (time.perf_counter() - started) / steps)
+                taken = self._time(name, steps)
+                if taken is None:
+                    self._leave_out(name, NO_ROOM)
+                else:
+                    self.milliseconds[name].append(taken)
+
+    def _time(self, name: str, steps: int) -> float | None:
+        """Milliseconds a step; None if the memory was not enough."""
+        wait_until_idle(self.device)
+        started = time.perf_counter()
+        try:
+            for _ in range(steps):
+                self._steps[name]()
+            finish(self.device)
+        except torch.OutOfMemoryError:
+            return None
+        return 1000 * (time.perf_counter() - started) / steps
 
     def experiment(self, rounds: int, steps: int, progress: Progress) -> None:
         """Measure each of `EXPERIMENTS`; one that fails is left out, with the error for a reason."""
@@ -247,9 +268,8 @@ class Rows:
                     self.measure(rounds, steps, progress)
                 except Exception as error:  # of a compiler, a library, a driver: the other rows are not to be lost
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
-                    self.milliseconds.pop(name, None)
             if reason:
-                self.left_out.append(f"{name} left out: {reason}.")
+                self._leave_out(name, reason)
 
     def measurements(self, bound: float) -> Iterator[Measurement]:
         """A table of this architecture; `bound` in FLOP/s."""

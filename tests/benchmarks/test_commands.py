@@ -4,6 +4,7 @@ from math import isfinite
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import ablation, ablation_variants, loader, microbatch, reference_step, results, step, variants
 from benchmarks.command import run
@@ -128,6 +129,25 @@ def test_variants_may_compile_the_same_model_twice(result_of, monkeypatch):
     rates = {m.name for m in result.of("vit_conv_small") if m.quantity == "images/s"}
     assert rates == set(variants.ROWS) - {variants.BF16, variants.ONE_PASS, variants.CUDA_GRAPHS}
     assert any(f"{variants.CUDA_GRAPHS} left out: the CPU has none" in note for note in result.notes)
+
+
+def test_a_row_that_runs_out_of_memory_is_left_out_and_the_others_stay(result_of, monkeypatch):
+    train_step, calls = reference_step.ReferenceStep.train_step, 0
+
+    def hungry(self, *arguments):
+        nonlocal calls
+        if self.changes.fused_optimizer and not self.changes.no_host_wait:  # one row without bf16
+            calls += 1
+            if calls > variants.WARM_UP + 1:  # its second round
+                raise torch.OutOfMemoryError("no memory")
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(reference_step.ReferenceStep, "train_step", hungry)
+    result = result_of(VARIANTS, "--presets", "demo", "--compile", "off", "--steps", "1")
+    rates = {m.name for m in result.of("vit_conv_small") if m.quantity == "images/s"}
+    assert "+ fused optimizer" not in rates
+    assert {variants.REFERENCE, "+ no wait for the loss", variants.OURS} <= rates
+    assert any("+ fused optimizer left out: the GPU has no memory" in note for note in result.notes)
 
 
 def test_an_experiment_that_fails_is_left_out_with_its_reason(result_of, monkeypatch):

@@ -143,6 +143,32 @@ def test_a_part_that_is_not_there_is_told_before_anything_is_made(capsys, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def call_with(monkeypatch, tmp_path, names, only=(), code="print(1)"):
+    """`main` with parts that only print; returns what its file says, by name."""
+    chosen = [Part(name, ["-c", code], 30.0, lambda output: {"said": output.strip()}) for name in names]
+    monkeypatch.setattr(gpu_check, "parts", lambda flags, scratch: chosen)
+    flags = ["--device", "cpu", "--images", "1", "--out", str(tmp_path)]
+    gpu_check.main([*flags, *(["--only", *only] if only else [])])
+    (file,) = tmp_path.glob("gpu_check-*.json")
+    return {part["name"]: part["findings"]["said"] for part in json.loads(file.read_text())["parts"]}
+
+
+def test_calls_for_some_parts_share_one_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "_link", lambda *arguments: None)
+    monkeypatch.setattr(gpu_check, "generated", lambda *arguments: None)
+    monkeypatch.setattr(gpu_check, "environment", lambda device: {"hardware": "GPU", "commit": "a", "busy_cores": 0.1})
+    call = partial(call_with, monkeypatch, tmp_path, ["doctor", "loader", "step"])
+    assert call(only=["loader"]) == {"loader": "1"}
+    monkeypatch.setattr(gpu_check, "environment", lambda device: {"hardware": "GPU", "commit": "a", "busy_cores": 0.3})
+    found = call(only=["doctor", "loader"], code="print(2)")
+    assert found == {"doctor": "2", "loader": "2"}
+    assert list(call(only=["step"], code="print(3)").items()) == [("doctor", "2"), ("loader", "2"), ("step", "3")]
+    assert call(code="print(4)") == {"doctor": "4", "loader": "4", "step": "4"}
+    # Of other code nothing is kept.
+    monkeypatch.setattr(gpu_check, "environment", lambda device: {"hardware": "GPU", "commit": "b", "busy_cores": 0.1})
+    assert call(only=["step"]) == {"step": "1"}
+
+
 def test_a_benchmark_is_judged_by_the_file_it_wrote(result, tmp_path):
     with pytest.raises(ValueError, match="no result"):
         gpu_check._result(tmp_path, "loader*", "")
