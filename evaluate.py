@@ -23,9 +23,9 @@ import tyro
 from dali_pipes import DatasetError, DatasetIndex
 from trainer import handover
 from trainer.config import ConfigError
-from trainer.distributed import World, choose_device, join
+from trainer.distributed import World, choose_device, gathered, join
 from trainer.engine import build_model
-from trainer.evaluation_commands import Command, Evaluation, Finetune
+from trainer.evaluation_commands import Command, Evaluation, Finetune, Knn
 from trainer.evaluator import Evaluator, tunable
 from trainer.export import TrainedRun, open_run
 from trainer.run_folder import write_atomically
@@ -80,14 +80,24 @@ def _main(argv: list[str], world: World) -> int:
     assert val is not None
     try:
         _evaluate(command, run, train, val, world, device)
+        return 0
+    except DatasetError as error:
+        return _stop(store, error)
+    except torch.OutOfMemoryError:
+        mend = "use --device cpu" if isinstance(command, Knn) else "use a smaller --batch-size"
+        return _stop(store, ConfigError(f"{device} is out of memory; {mend}"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 def _report(error: Exception) -> int:
     print(f"evaluate.py: error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _stop(store: dist.Store | None, error: Exception) -> int:
+    handover.first_says(store, lambda: _report(error))
     return 2
 
 
@@ -173,6 +183,7 @@ def _evaluate(
         f"{len(train)} images in train/, {len(val)} in val/, {len(train.classes)} classes, {world.size} x {device.type}"
     )
     result = evaluator.evaluate(command, train, val)
+    failed = sorted({line for lines in gathered(evaluator.reader.failed) for line in lines})
     if world.rank:
         return
     facts: dict[str, Any] = {
@@ -182,6 +193,7 @@ def _evaluate(
         "images": {"train": len(train), "val": len(val), "classes": len(train.classes)},
         "flags": {name: value for name, value in vars(command).items() if name not in ("run", "name")},
         **result,
+        "failed": failed,
         "seconds": time.monotonic() - started,
         "ranks": world.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

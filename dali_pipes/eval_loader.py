@@ -1,18 +1,17 @@
 """What the evaluation iterates over."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from dali_pipes.failures import gone_bad
+from dali_pipes.failures import Salvager
 from dali_pipes.graph import Decoder
 from dali_pipes.index import DatasetError, DatasetIndex
 from dali_pipes.loader import available, check_arguments
 from dali_pipes.plan import EvalPlan, Position
-from dali_pipes.stream import BrokenBatch, Stream
+from dali_pipes.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,17 @@ class EvalLoader:
     (seed, epoch, index row); every rank holds as many images, so that ranks stay in step: the
     len(index) % world_size images at the end of the permutation sit out that epoch. `resize` has no meaning then.
 
+    An image that passed the scan and cannot be used is reported once, by a line to `on_failed`, and left out; with
+    `train=True` another one stands in, so that the ranks' batches stay of one size. `failures.tolerated` says how many
+    may fail.
+
     Each iteration starts at the beginning of a pass; the last batch may be smaller. With `train=True` call `set_epoch`
     before each pass, as with torch's DistributedSampler: without it every pass is the same.
 
     Raises:
         ValueError: an argument is out of range.
-        DatasetError: fewer images than ranks; while iterating: an image went bad since the scan.
+        DatasetError: fewer images than ranks; while iterating: too many images failed, or all of this rank's, or DALI
+            did on good ones.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class EvalLoader:
         seed: int = 0,
         num_threads: int = 4,
         jpeg_engine: bool = True,
+        on_failed: Callable[[str], None] = warnings.warn,
     ) -> None:
         check_arguments(batch_size, rank, world_size, num_threads)
         if crop < 1 or (not train and crop > resize):
@@ -70,6 +75,8 @@ class EvalLoader:
         self._plan = EvalPlan(index, resize, crop, train, seed, batch_size, rank, world_size)
         decoder = Decoder.of(index, device, batch_size, jpeg_engine)
         self._stream = Stream(self._plan, device, decoder, "float32", num_threads)
+        instead = "another image stands in" if train else "so it is left out"
+        self._salvager = Salvager(self._stream, self._plan, None, on_failed, instead)
         self._epoch = 0
 
     def __len__(self) -> int:
@@ -77,11 +84,17 @@ class EvalLoader:
         return self._plan.steps
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        epoch = self._epoch
+        epoch, any_left = self._epoch, False
         for step in range(len(self)):
-            rows, (images,) = _take(self._stream, self._plan, Position(epoch, step))
+            taken = self._salvager.take(Position(epoch, step))
+            if taken is None:
+                continue
+            any_left = True
+            rows, (images,) = taken
             labels = torch.from_numpy(self._index.labels[rows]).to(images.device, non_blocking=True)
             yield EvalBatch(images, labels, torch.from_numpy(rows))
+        if not any_left:
+            raise DatasetError(f"{self._index.tree}: no image of this rank's share can be used")
 
     def set_epoch(self, epoch: int) -> None:
         """The order and the crops of the next pass, with `train=True`; no effect otherwise."""
@@ -92,13 +105,3 @@ class EvalLoader:
     def close(self) -> None:
         """Free the pipeline; iterating again builds a new one."""
         self._stream.close()
-
-
-def _take(stream: Stream, plan: EvalPlan, position: Position) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
-    """The batch of that position; a failure of DALI's becomes an error that names the files."""
-    try:
-        return stream.take(position)
-    except BrokenBatch as broken:
-        rows, failure = broken.rows, str(broken)
-    bad = "; ".join(gone_bad(plan.index, rows, failure).values())  # out here, as in ViewLoader._take
-    raise DatasetError(f"gone bad since the images were scanned: {bad}; mend or remove it and scan again")

@@ -1,11 +1,17 @@
-"""Images that went bad since the scan: which they are, and how many are too many."""
+"""Images that passed the scan and cannot be used: which they are, how many are too many, and how to do without."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from dali_pipes.file_check import check_file
 from dali_pipes.index import READERS, DatasetError, DatasetIndex
+from dali_pipes.plan import Plan, Position
 from dali_pipes.scan_cache import stamp
+from dali_pipes.stream import BrokenBatch, Stream
 
 
 def tolerated(count: int) -> int:
@@ -32,12 +38,66 @@ def gone_bad(index: DatasetIndex, rows: Iterable[int], failure: str) -> dict[int
     return bad
 
 
-def too_many(failed: int, allowed: int, last: str) -> DatasetError:
-    """The error of a run that stops for its bad images; `last` is what is known of one of them."""
-    return DatasetError(
-        f"{failed} images went bad since they were scanned, and at most {allowed} may; {last}. "
-        "Mend the files and run the same command again"
-    )
+class Salvager:
+    """Takes the batches of a stream; an image that cannot be used is reported and failed in the plan, up to a limit.
+
+    Args:
+        stream: of the plan.
+        plan: of the batches; it says what stands in for what failed.
+        most: images that may fail; None: `tolerated`.
+        on_failed: called with one line for each image that is found.
+        instead: what becomes of its place, for the line.
+    """
+
+    def __init__(
+        self, stream: Stream, plan: Plan, most: int | None, on_failed: Callable[[str], None], instead: str
+    ) -> None:
+        self._stream, self._plan = stream, plan
+        self._most = tolerated(len(plan.index)) if most is None else most
+        self._on_failed, self._instead = on_failed, instead
+
+    def take(self, position: Position) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]] | None:
+        """The batch of that position, None if none of its rows is left.
+
+        A failure costs a new pipeline and a look at the files, and is rare.
+
+        Raises:
+            DatasetError: too many images failed, or DALI did on good ones.
+        """
+        retried = False
+        while len(self._plan.rows(position)):
+            try:
+                return self._stream.take(position)
+            except BrokenBatch as broken:
+                rows, failure = broken.rows, str(broken)
+            # Out here, where an error drags neither DALI's traceback nor the broken pipeline along. What was failed
+            # before may be among the rows that were read ahead; it is no news, and explains the failure.
+            try:
+                bad = gone_bad(self._plan.index, rows, failure)
+            except DatasetError:
+                if retried:
+                    raise
+                retried = True  # the disk may have stumbled: once more, before it counts as DALI's own trouble
+                continue
+            for row, reason in bad.items():
+                if row not in self._plan.failed:
+                    self._on_failed(f"{reason}; it passed the scan and cannot be used, {self._instead}")
+                    self.fail({row}, f"the last is {reason}")
+        return None
+
+    def fail(self, news: set[int], last: str) -> None:
+        """Fail these rows, too; `last` is what is known of one of them.
+
+        Raises:
+            DatasetError: these are too many.
+        """
+        failed = self._plan.failed | news
+        if len(failed) > self._most:
+            raise DatasetError(
+                f"{len(failed)} images that passed the scan cannot be used, and at most {self._most} may fail; {last}. "
+                "Mend the files and run the same command again"
+            )
+        self._plan.fail(failed)
 
 
 def _reason(index: DatasetIndex, row: int) -> str:

@@ -22,6 +22,7 @@ from dali_pipes.scan_cache import Looks, ScanCache, default_file, joined, split,
 
 Pathlike = str | os.PathLike[str]
 
+BESIDE = "lies beside the class folders; move it into one, or the folders elsewhere"
 READERS = 16  # threads: most of the work is waiting for the disk
 
 
@@ -78,9 +79,10 @@ class DatasetIndex:
         """Looks at every image file below `tree`: classes and rows in torchvision's ImageFolder order.
 
         Args:
-            tree: one folder a class (files below it at any depth, links followed), or images without class folders; or
-                a list file with a line `path[ label]` an image, relative to the list's folder and not leaving it,
-                labels whole numbers from 0 in every line or in none: rows are then in the list's order.
+            tree: one folder a class (files below it at any depth, links followed; images beside the folders are set
+                aside), or images without class folders; or a list file with a line `path[ label]` an image, relative to
+                the list's folder and not leaving it, labels whole numbers from 0 in every line or in none: rows are
+                then in the list's order.
             level: "header" reads type, size and end marker of each file; "full" decodes every pixel.
             progress: called now and then, at most about a thousand times, with the number of files looked at, and of
                 all; and once at the end.
@@ -99,6 +101,7 @@ class DatasetIndex:
         if not good:
             path, reason = rejected[0]
             raise DatasetError(f"{tree}: none of {len(looks)} images can be read; {path}: {reason}")
+        rejected += [(os.path.join(found.root, name), BESIDE) for name in found.beside]
         return cls(
             tree=found.root,
             names=[found.names[row] for row in good],

@@ -23,6 +23,7 @@ class Listing:
     classes: tuple[str, ...]  # empty: no labels, and 0 in every row
     names: list[str]
     labels: list[int]
+    beside: tuple[str, ...] = ()  # images that are in no class folder, where there are such folders: of no use
 
 
 def training_tree(data: Path) -> Path:
@@ -58,10 +59,10 @@ def _tree(root: Path) -> Listing:
     for label, name in enumerate(classes):
         folders = sorted(os.walk(root / name, followlinks=True))
         files += [(os.path.relpath(os.path.join(f, n), root), label) for f, _, ns in folders for n in _images(ns)]
+    flat = _images(entry.name for entry in os.scandir(root) if not entry.is_dir())
     if files:
-        return Listing(root, tuple(classes), [name for name, _ in files], [label for _, label in files])
-    names = _images(entry.name for entry in os.scandir(root) if not entry.is_dir())
-    return Listing(root, (), names, [0] * len(names))
+        return Listing(root, tuple(classes), [name for name, _ in files], [label for _, label in files], tuple(flat))
+    return Listing(root, (), flat, [0] * len(flat))
 
 
 def _images(names: Iterable[str]) -> list[str]:

@@ -5,17 +5,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dali_pipes.augment import Augment, output_types
-from dali_pipes.failures import gone_bad, tolerated, too_many
+from dali_pipes.failures import Salvager
 from dali_pipes.fused import FusedViews
 from dali_pipes.graph import Decoder
 from dali_pipes.index import DatasetError, DatasetIndex
 from dali_pipes.plan import Position, ViewPlan
-from dali_pipes.stream import BrokenBatch, Stream
+from dali_pipes.stream import Stream
 from dali_pipes.views import MOCO_V3, Recipe
 
 
@@ -42,9 +40,9 @@ class ViewLoader:
     batch_size x world_size, are other ones in every epoch. Which images meet in global batch s and how they are
     augmented depends on `seed`, the recipe and batch_size x world_size alone.
 
-    An image whose file went bad since the scan is reported once, and in its place stands the image one global batch
-    further in the epoch's order (`order.replace_failed`): no other place changes. `failed` lists the rows: those that
-    this rank met, and those that the caller passed on from other ranks by `add_failed`.
+    An image that passed the scan and cannot be used is reported once, and in its place stands the image one global
+    batch further in the epoch's order (`order.replace_failed`): no other place changes. `failed` lists the rows: those
+    that this rank met, and those that the caller passed on from other ranks by `add_failed`.
 
     Args:
         index: the images.
@@ -62,13 +60,13 @@ class ViewLoader:
             The views differ by the operators' rounding.
         jpeg_engine: on CUDA, whether JPEGs go to the GPU's hardware engine, where it has one and the engine can read
             them; the CUDA decoder's pixels may be others.
-        max_failed: images that may go bad before the loader stops (default: `failures.tolerated`, a thousandth of the
+        max_failed: images that may fail before the loader stops (default: `failures.tolerated`, a thousandth of the
             index and at least 10); 0 stops at the first.
-        on_failed: called with one line for each image that is found bad.
+        on_failed: called with one line for each image that is found to fail.
 
     Raises:
-        DatasetError: a batch is larger than this rank's share; while iterating: too many images went bad, or DALI
-            failed on good ones.
+        DatasetError: a batch is larger than this rank's share; while iterating: too many images failed, or DALI did on
+            good ones.
         ValueError: an argument is out of range.
     """
 
@@ -108,8 +106,7 @@ class ViewLoader:
         self._stream = Stream(self._plan, device, decoder, output, num_threads, fused)
         self._index, self._position = index, Position(0, 0)
         self._global_batch = batch_size * world_size
-        self._max_failed = tolerated(len(index)) if max_failed is None else max_failed
-        self._on_failed = on_failed
+        self._salvager = Salvager(self._stream, self._plan, max_failed, on_failed, "another image takes its place")
 
     def __len__(self) -> int:
         """Full batches in an epoch, the same for every rank."""
@@ -118,7 +115,9 @@ class ViewLoader:
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._position.epoch
         while self._position.epoch == epoch:
-            rows, views = self._take()
+            taken = self._salvager.take(self._position)
+            assert taken is not None  # what failed was replaced
+            rows, views = taken
             # The position moves before the batch is handed over: a state taken in the loop's body goes on behind it.
             self._position = self._plan.after(self._position)
             yield Batch(views, torch.from_numpy(rows))
@@ -136,7 +135,7 @@ class ViewLoader:
 
     @property
     def failed(self) -> list[int]:
-        """Rows of the index that are known to have gone bad since the scan, sorted."""
+        """Rows of the index that are known to have failed, sorted."""
         return sorted(self._plan.failed)
 
     def add_failed(self, rows: Iterable[int]) -> None:
@@ -147,7 +146,7 @@ class ViewLoader:
         """
         news = set(rows) - self._plan.failed
         if news:
-            self._fail(news, f"one of them is {self._index.path(min(news))}")
+            self._salvager.fail(news, f"one of them is {self._index.path(min(news))}")
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next batch and what failed: {"epoch", "step", "global_batch", "failed"}.
@@ -186,34 +185,6 @@ class ViewLoader:
     def close(self) -> None:
         """Free the pipeline; iterating again builds a new one at the same position."""
         self._stream.close()
-
-    def _take(self) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
-        """The batch at the position. A failure costs a new pipeline and a look at the files, and is rare."""
-        retried = False
-        while True:
-            try:
-                return self._stream.take(self._position)
-            except BrokenBatch as broken:
-                rows, failure = broken.rows, str(broken)
-            # Out here, where an error drags neither DALI's traceback nor the broken pipeline along. What was failed
-            # before may be among the rows that were read ahead; it is no news, and explains the failure.
-            try:
-                bad = gone_bad(self._index, rows, failure)
-            except DatasetError:
-                if retried:
-                    raise
-                retried = True  # the disk may have stumbled: once more, before it counts as DALI's own trouble
-                continue
-            for row, reason in bad.items():
-                if row not in self._plan.failed:
-                    self._on_failed(f"{reason}; it went bad since the scan, and another image takes its place")
-                    self._fail({row}, f"the last is {reason}")
-
-    def _fail(self, news: set[int], last: str) -> None:
-        failed = self._plan.failed | news
-        if len(failed) > self._max_failed:
-            raise too_many(len(failed), self._max_failed, last)
-        self._plan.fail(failed)
 
 
 def check_arguments(batch_size: int, rank: int, world_size: int, num_threads: int) -> None:

@@ -45,7 +45,7 @@ def replace_failed(order: NDArray[np.int64], failed: Collection[int], global_bat
         good = column[~bad[column]]
         if not len(good):
             raise DatasetError(
-                f"{len(failed)} of {len(order)} images went bad since they were scanned, and at a global batch of "
+                f"{len(failed)} of {len(order)} images cannot be used, and at a global batch of "
                 f"{global_batch} none is left to take the place of one of them; mend them, or use a smaller batch"
             )
         replaced[place] = order[good[0]]

@@ -1,8 +1,9 @@
 """The images that evaluation reads: loaders of a run's image size on this rank, and the k-NN accuracy through them."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class EvalReader:
     device: torch.device
     threads: int  # of DALI
     jpeg_engine: bool = True
+    warn: Callable[[str], None] = warnings.warn  # told of each image that cannot be used
+    failed: list[str] = field(default_factory=list)  # what it was told on this rank
 
     def loader(self, index: DatasetIndex, batch_size: int, **options: Any) -> "closing[EvalLoader]":
         """This rank's share of a tree, to be closed behind a `with`; options: of EvalLoader, for training."""
@@ -38,9 +41,15 @@ class EvalReader:
                 device=str(self.device),
                 num_threads=self.threads,
                 jpeg_engine=self.jpeg_engine,
+                on_failed=self._report,
                 **options,
             )
         )
+
+    def _report(self, line: str) -> None:
+        if line not in self.failed:  # by another loader
+            self.failed.append(line)
+            self.warn(line)
 
     def knn_accuracy(
         self,
@@ -55,7 +64,7 @@ class EvalReader:
         The same on every rank, and every rank must call it.
 
         Raises:
-            DatasetError, torch.OutOfMemoryError: on all ranks, if one of them met it.
+            DatasetError, torch.OutOfMemoryError: the same on all ranks, if one of them met it.
         """
         shares: list[tuple[Tensor, Tensor]] = []
         trouble: Exception | None = None
@@ -65,6 +74,7 @@ class EvalReader:
                     shares.append(knn.extract(features, batches))
         except (DatasetError, torch.OutOfMemoryError) as error:
             trouble = error
-        if any(gathered(trouble is not None)):  # a rank that gave up alone would leave the others waiting for its share
-            raise trouble or DatasetError("another rank could not make the features of its images")
+        # A rank that gave up alone would leave the others waiting for its share.
+        if met := [each for each in gathered(trouble) if each is not None]:
+            raise met[0]
         return knn.accuracy(*knn.gather(*shares[0]), *knn.gather(*shares[1]), **vote)

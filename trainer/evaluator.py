@@ -32,7 +32,7 @@ class Evaluator:
         self.run, self.world, self.device = run, world, device
         self.precision = PRECISIONS[command.amp]
         data, threads = run.config.data, command.workers or world.default_threads()
-        self.reader = EvalReader(data.image_size, world, device, threads, data.jpeg_engine == "on")
+        self.reader = EvalReader(data.image_size, world, device, threads, data.jpeg_engine == "on", _warn)
         self.model: MoCoV3 = run.model.to(device, torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.eval().requires_grad_(False)
 
@@ -118,6 +118,11 @@ def tunable(command: Finetune, run: TrainedRun) -> Backbone:
         return build_backbone(config.model.arch, config.data.image_size, overrides)
     except ValueError as error:
         raise ConfigError(f"--drop-path {drop_path}: {error}; use 0") from None
+
+
+def _warn(line: str) -> None:
+    """On whichever rank it arises."""
+    print(f"warning: {line}", flush=True)
 
 
 class _Progress:

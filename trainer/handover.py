@@ -1,5 +1,6 @@
 """Rank 0 finds out what all ranks act on and the others wait for it: an error is said once and ends all at once."""
 
+import datetime
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -44,3 +45,17 @@ def follow(store: dist.Store | None, key: str) -> Any:
     """For the other ranks: what rank 0 packed; None if it was an error, which it has reported by now."""
     assert store is not None
     return json.loads(store.get(key))
+
+
+def first_says(store: dist.Store | None, say: Callable[[], Any]) -> None:
+    """On the rank that comes first say what ends the start; the others wait for it, as torchrun ends all with one.
+
+    For what one rank meets, or all do. store: see `World.store`, None for a single process.
+    """
+    if store is None:
+        say()
+    elif store.add("moco_v3/saying", 1) == 1:
+        say()
+        store.set("moco_v3/said", "1")
+    else:
+        store.wait(["moco_v3/said"], datetime.timedelta(minutes=5))

@@ -3,6 +3,7 @@
 import json
 import statistics
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ class Judge:
     def accuracy(self) -> float | None:
         """k-NN accuracy (0 to 1) of the base encoder's backbone as it stands; found once a step, then remembered.
 
-        Training is not disturbed: no random number is drawn and no batch statistic moves. What is known to have gone
-        bad since the scan is left out of the bank. None without trees, and, saying so, if the memory is not enough or
-        an image went bad: a run is not lost for its judgement. Every rank must call it.
+        Training is not disturbed: no random number is drawn and no batch statistic moves. Images that failed are left
+        out. None without trees, and, saying so, if the memory is not enough or too many images fail: a run is not lost
+        for its judgement. Every rank must call it.
         """
         if self.trees is None:
             return None
@@ -79,7 +80,7 @@ class Judge:
 
     def _measure(self, bank: DatasetIndex, queries: DatasetIndex) -> float | None:
         try:
-            return _accuracy(self.engine, bank, queries, self.threads)
+            return self._accuracy(bank, queries)
         except torch.OutOfMemoryError:
             self.display.say("no k-NN accuracy: the features of the whole dataset do not fit into memory")
             return None
@@ -89,18 +90,22 @@ class Judge:
         finally:
             self.engine.model.train()
 
+    @cached_property
+    def _reader(self) -> EvalReader:  # one for all times: it says of an image once that it failed
+        data, engine = self.engine.config.data, self.engine
+        jpeg_engine = data.jpeg_engine == "on"
+        return EvalReader(data.image_size, engine.world, engine.device, self.threads, jpeg_engine, self.display.warn)
 
-def _accuracy(engine: Engine, bank: DatasetIndex, queries: DatasetIndex, threads: int) -> float:
-    config, world = engine.config, engine.world
-    reader = EvalReader(config.data.image_size, world, engine.device, threads, config.data.jpeg_engine == "on")
+    def _accuracy(self, bank: DatasetIndex, queries: DatasetIndex) -> float:
+        engine, config = self.engine, self.engine.config
 
-    def features(images: torch.Tensor) -> torch.Tensor:
-        with autocast(config, engine.device):
-            return engine.model.features(images.to(engine.dtype))
+        def features(images: torch.Tensor) -> torch.Tensor:
+            with autocast(config, engine.device):
+                return engine.model.features(images.to(engine.dtype))
 
-    engine.model.eval()
-    batch_size = max(1, min(256, config.optim.batch_size // world.size))
-    return reader.knn_accuracy(features, bank.without(engine.loader.failed), queries, batch_size)
+        engine.model.eval()
+        batch_size = max(1, min(256, config.optim.batch_size // engine.world.size))
+        return self._reader.knn_accuracy(features, bank.without(engine.loader.failed), queries, batch_size)
 
 
 def read_summary(out: Path) -> dict[str, Any] | None:

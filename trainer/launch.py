@@ -1,6 +1,5 @@
 """From a command line to a finished run: prepare, train, judge; errors become one line and an exit code."""
 
-import datetime
 import errno
 import sys
 import time
@@ -217,19 +216,16 @@ def _leave() -> None:
 
 
 def _out_of_memory(start: Start, world: World, device: torch.device, store: dist.Store | None) -> int:
-    """Say once what would fit; the other ranks wait, as torchrun ends all with the first that exits."""
-    if store is not None and store.add("moco_v3/out_of_memory", 1) > 1:
-        store.wait(["moco_v3/reported"], datetime.timedelta(minutes=5))
-        return 2
+    """Say once what would fit."""
     config = start.config
-    mends = {
-        "--microbatch {}, which learns the same": fitting_microbatch(config, world, device),
-    }
-    if start.checkpoint is None:  # a run that goes on is bound to its batch
-        mends["--batch-size {}"] = fitting_batch(config, world, device)
-    fits = " or ".join(flag.format(size) for flag, size in mends.items() if size)
-    mend = f"a step fits with {fits}" if fits else "no batch fits; use a smaller --arch or --image-size"
-    code = _report(ConfigError(f"--batch-size {config.optim.batch_size}: {device} is out of memory; {mend}"), 2)
-    if store is not None:
-        store.set("moco_v3/reported", "1")
-    return code
+
+    def advise() -> None:
+        mends = {"--microbatch {}, which learns the same": fitting_microbatch(config, world, device)}
+        if start.checkpoint is None:  # a run that goes on is bound to its batch
+            mends["--batch-size {}"] = fitting_batch(config, world, device)
+        fits = " or ".join(flag.format(size) for flag, size in mends.items() if size)
+        mend = f"a step fits with {fits}" if fits else "no batch fits; use a smaller --arch or --image-size"
+        _report(ConfigError(f"--batch-size {config.optim.batch_size}: {device} is out of memory; {mend}"), 2)
+
+    handover.first_says(store, advise)
+    return 2

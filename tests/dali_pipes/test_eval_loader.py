@@ -114,10 +114,63 @@ def test_wrong_arguments_are_named_with_the_mend(index):
         EvalLoader(index, 4, world_size=12)
 
 
-def test_a_file_that_went_bad_is_named(tmp_path):
-    for i in range(3):
+@pytest.fixture
+def damaged(tmp_path):
+    """Seven images and what makes some of them unreadable behind the scan's back."""
+    for i in range(7):
         (tmp_path / f"{i}.jpg").write_bytes(encoded(picture(i), "JPEG"))
     index = DatasetIndex.scan(tmp_path)
-    (tmp_path / "1.jpg").write_bytes(b"")
-    with pytest.raises(DatasetError, match=r"1\.jpg: empty file"):
-        next(iter(EvalLoader(index, 3, resize=16, crop=16)))
+
+    def damage(*rows):
+        for row in rows:
+            (tmp_path / f"{row}.jpg").write_bytes(b"")
+        return index
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("bad", "sizes"), [([1], [2, 3, 1]), ([6], [3, 3]), ([3, 4, 5], [3, 1]), ([0, 1, 2, 6], [3])], ids=str
+)
+def test_what_cannot_be_used_is_left_out_and_the_others_stay(damaged, bad, sizes):
+    whole = torch.cat([batch.images for batch in EvalLoader(damaged(), 3, resize=16, crop=16)])
+    said: list[str] = []
+    loader = EvalLoader(damaged(*bad), 3, resize=16, crop=16, on_failed=said.append)
+    for _ in range(2):  # passes
+        batches = list(loader)
+        assert [len(batch.indices) for batch in batches] == sizes
+        rows = torch.cat([batch.indices for batch in batches])
+        assert rows.tolist() == [row for row in range(7) if row not in bad]
+        assert torch.equal(torch.cat([batch.images for batch in batches]), whole[rows])
+    assert len(said) == len(bad)
+    assert all(any(f"{row}.jpg: empty file; it passed the scan" in line for line in said) for row in bad)
+
+
+def test_in_training_another_image_stands_in(damaged):
+    undisturbed = EvalLoader(damaged(), 3, crop=16, train=True, seed=1)
+    said: list[str] = []
+    loader = EvalLoader(damaged(2, 5), 3, crop=16, train=True, seed=1, on_failed=said.append)
+    for epoch in range(2):
+        undisturbed.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        order = torch.from_numpy(undisturbed._plan.share(epoch))
+        assert [len(batch.indices) for batch in batches] == [3, 3, 1]
+        rows = torch.cat([batch.indices for batch in batches])
+        good = [row for row in order.tolist() if row not in (2, 5)]
+        assert set(rows.tolist()) == set(good)
+        assert [row for row, first in zip(rows.tolist(), order.tolist(), strict=True) if row == first] == good
+    assert len(said) == 2
+
+
+def test_too_many_bad_images_end_it(tmp_path, damaged, monkeypatch):
+    index = damaged(*range(7))
+    with pytest.raises(DatasetError, match="no image of this rank's share can be used"):
+        list(EvalLoader(index, 3, resize=16, crop=16, on_failed=lambda line: None))
+    with pytest.raises(DatasetError, match="none of a rank's 7 images is left"):
+        list(EvalLoader(index, 3, crop=16, train=True, on_failed=lambda line: None))
+    monkeypatch.setattr("dali_pipes.failures.tolerated", lambda count: 1)
+    with pytest.raises(
+        DatasetError, match=r"2 images that passed the scan .* at most 1 may fail; the last is .*jpg: empty"
+    ):
+        list(EvalLoader(index, 3, resize=16, crop=16, on_failed=lambda line: None))

@@ -267,11 +267,11 @@ def test_too_many_stop_the_run_with_one_line(index, undisturbed):
     for row in undisturbed[1][0][:3]:
         truncate(index.tree / index.names[row])
     loader = make(index, max_failed=2)
-    with pytest.raises(DatasetError, match=r"3 images went bad .* at most 2 may; the last is ") as error:
+    with pytest.raises(DatasetError, match=r"3 images that passed .* at most 2 may fail; the last is ") as error:
         copied(loader)
     assert "\n" not in str(error.value)
     assert error.value.__context__ is None
-    with pytest.raises(DatasetError, match="at most 2 may; one of them is "):
+    with pytest.raises(DatasetError, match="at most 2 may fail; one of them is "):
         make(index, max_failed=2).add_failed([1, 2, 3])
     with pytest.raises(DatasetError, match="at most 0 may"):
         copied(make(index, max_failed=0))
@@ -283,7 +283,7 @@ def test_how_many_are_tolerated():
 
 def test_no_image_left_to_take_the_place(original):
     order = np.arange(8)
-    with pytest.raises(DatasetError, match=r"2 of 8 images went bad .* at a global batch of 4 none is left"):
+    with pytest.raises(DatasetError, match=r"2 of 8 images cannot be used, and at a global batch of 4 none is left"):
         replace_failed(order, {1, 5}, 4)
 
 

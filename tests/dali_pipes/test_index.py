@@ -34,6 +34,9 @@ def test_classes_and_rows_are_those_of_image_folder(tree):
     assert list(index.classes) == folder.classes == ["B", "a", "b"]
     assert list(zip(index.paths, index.labels.tolist(), strict=True)) == folder.samples
     assert len(index) == 7  # six files, one of them reached by two ways; the loose one belongs to no class
+    ((path, reason),) = index.rejected
+    assert path == str(tree / "loose.jpg")
+    assert "beside the class folders" in reason
 
 
 def test_sizes_are_those_of_the_files(tree):
@@ -69,6 +72,7 @@ def test_unreadable_and_missing_files_are_set_aside(tree):
     (tree / "flat").mkdir()
     (tree / "flat" / "good.jpg").write_bytes(encoded(picture(0), "JPEG"))
     (tree / "flat" / "dangling.jpg").symlink_to(tree / "nowhere.jpg")
+    (tree / "loose.jpg").unlink()
     for folder, count in ((tree, 2), (tree / "flat", 1)):
         rejected = DatasetIndex.scan(folder).rejected
         assert len(rejected) == count
@@ -225,7 +229,7 @@ def test_saved_and_loaded(tree, tmp_path):
     for name in ("labels", "widths", "heights", "file_sizes"):
         assert np.array_equal(getattr(again, name), getattr(index, name))
     assert again.file_sizes.tolist() == [os.path.getsize(path) for path in again.paths]
-    assert len(again.rejected) == 1
+    assert len(again.rejected) == 2
 
     moved = tree.rename(tmp_path / "moved")
     there = DatasetIndex.load(tmp_path / "index.npz", tree=moved)

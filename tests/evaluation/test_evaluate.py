@@ -11,6 +11,7 @@ import pytest
 from timm.layers import DropPath
 
 from evaluate import main
+from tests.dali_pipes.odd_files import encoded, picture
 from trainer.config import ConfigError, replace
 from trainer.evaluation_commands import Finetune
 from trainer.evaluator import tunable
@@ -38,6 +39,11 @@ def under_torchrun(*flags, ranks=2):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
     command = [*launcher, str(ROOT / "evaluate.py"), *map(str, flags)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def said(process):
+    """What the command printed; torchrun adds its own traceback."""
+    return process.stdout + process.stderr.split("torch.distributed.elastic")[0].split("torch/distributed")[0]
 
 
 def test_knn_is_the_accuracy_that_the_run_itself_found(evaluate, trained):
@@ -155,6 +161,53 @@ def test_a_result_of_other_images_is_not_replaced(evaluate, refused, sample, tmp
     assert evaluate("knn", "--k", 5, "--device", "cpu", "--name", "kept", name="kept")["accuracy"] == found["accuracy"]
 
 
+@pytest.fixture
+def broken(sample, tmp_path):
+    """The sample with images, so many in train/ and in val/, whose damage a scan does not look for."""
+
+    def call(train, val):
+        data = tmp_path / "broken"
+        shutil.copytree(sample, data)
+        files = [*sorted((data / "train").rglob("*.jpg"))[:train], *sorted((data / "val").rglob("*.jpg"))[:val]]
+        for seed, file in enumerate(files):
+            content = bytearray(encoded(picture(seed), "PNG"))
+            content[len(content) // 2] ^= 0xFF
+            file.write_bytes(content)
+        return data, files
+
+    return call
+
+
+def test_images_broken_inside_are_left_out(trained, broken, capsys):
+    data, files = broken(train=2, val=1)
+    flags = ["--run", str(trained), "--data", str(data), "--device", "cpu", "--workers", "1"]
+    for command in ("knn", "linear --epochs 2 --batch-size 16 --lr 1", "finetune --epochs 1 --warmup-epochs 0 -b 16"):
+        assert main([*command.split(), *flags, "--name", "broken"]) == 0
+        found = json.loads((trained / "eval" / "broken.json").read_text())
+        printed = capsys.readouterr().out
+        for file in files:
+            assert sum(str(file) in line for line in found["failed"]) == 1
+            assert printed.count(f"warning: {file}: ") == 1
+        assert len(found["failed"]) == 3
+
+
+def test_too_many_broken_images_are_one_line(refused, broken):
+    data, _ = broken(train=0, val=11)
+    assert "11 images that passed the scan cannot be used, and at most 10 may fail" in refused(
+        "knn", "--name", "many", data=data
+    )
+
+
+@pytest.mark.slow
+def test_too_many_broken_images_are_one_line_under_torchrun(trained, broken):
+    data, _ = broken(train=0, val=19)
+    process = under_torchrun("knn", "--run", trained, "--data", data, "--device", "cpu")
+    assert process.returncode != 0
+    printed = said(process)
+    assert printed.count("evaluate.py: error: ") == 1
+    assert "Traceback" not in printed
+
+
 def test_data_that_cannot_be_evaluated_on(refused, sample, tmp_path):
     assert "nowhere: no such folder" in refused("knn", data=tmp_path / "nowhere")
     assert "has no train/" in refused("knn", data=sample / "train")
@@ -210,6 +263,6 @@ def test_an_unknown_kind_of_evaluation_exits_with_2(capsys):
 def test_under_torchrun_the_line_is_printed_once(flags, line, trained, sample):
     process = under_torchrun(*flags.split(), "--run", trained, "--data", sample, "--device", "cpu")
     assert process.returncode != 0
-    printed = process.stdout + process.stderr.split("torch.distributed.elastic")[0].split("torch/distributed")[0]
+    printed = said(process)
     assert printed.count(line) == 1, printed
     assert "Traceback" not in printed

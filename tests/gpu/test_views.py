@@ -105,7 +105,7 @@ def test_a_bad_file_takes_no_other_slot_along(tmp_path, damage, engine, augment)
     undisturbed = list(ViewLoader(index, **options))
     bad = int(undisturbed[1].indices[2])
     damage(Path(index.path(bad)))
-    with pytest.warns(UserWarning, match="went bad since the scan"):
+    with pytest.warns(UserWarning, match="another image takes its place"):
         batches = list(ViewLoader(index, **options))
     for batch, before in zip(batches, undisturbed, strict=True):
         for slot, row in enumerate(before.indices.tolist()):

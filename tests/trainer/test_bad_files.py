@@ -127,7 +127,7 @@ def test_too_many_bad_files_stop_the_run_with_one_line(train, data, monkeypatch,
     assert train("--no-knn", "--data", data) != 0
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_ddp.py: error")]
     assert len(errors) == 1
-    assert "images went bad since they were scanned, and at most 10 may" in errors[0]
+    assert "images that passed the scan cannot be used, and at most 10 may fail" in errors[0]
 
 
 def test_two_ranks_share_what_failed(data, start, losses, tmp_path):

@@ -1,10 +1,12 @@
 """`--knn-every`: the features are judged while they are learned, and learning does not notice."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from tests.dali_pipes.odd_files import encoded, picture
 from trainer import checkpoint
 from trainer.metrics import read_metrics
 
@@ -48,6 +50,21 @@ def test_a_run_that_goes_on_judges_nothing_twice(train, tmp_path, capsys):
 def test_without_val_it_trains_on(train, sample, tmp_path):
     assert train("--data", sample / "train", "--knn-every", 1, "--max-steps", 4) == 0
     assert accuracies(tmp_path / "run") == {}
+
+
+def test_images_that_cannot_be_used_do_not_cost_the_accuracy(train, sample, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    bad = [sorted((data / part).rglob("*.jpg"))[3] for part in ("train", "val")]
+    for seed, file in enumerate(bad):
+        content = bytearray(encoded(picture(seed), "PNG"))
+        content[len(content) // 2] ^= 0xFF  # inside, where the scan does not look
+        file.write_bytes(content)
+    assert train("--data", data, "--knn-every", 1) == 0
+    printed = capsys.readouterr().out
+    assert list(accuracies(tmp_path / "run")) == [3, 6, 9]
+    assert printed.count(f"{bad[1]}: ") == 1  # although it is met four times
+    assert f"{bad[0]}: " in printed
 
 
 @pytest.mark.slow
