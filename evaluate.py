@@ -21,6 +21,7 @@ import torch.distributed as dist
 import tyro
 
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.replacing import write_atomically
 from trainer import handover
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device, gathered, join
@@ -28,7 +29,6 @@ from trainer.engine import build_model
 from trainer.evaluation_commands import Command, Evaluation, Finetune, Knn
 from trainer.evaluator import Evaluator, tunable
 from trainer.export import TrainedRun, open_run
-from trainer.run_folder import write_atomically
 
 TIMEOUT = 1800  # seconds that ranks wait for each other
 READY = "moco_v3/evaluate"

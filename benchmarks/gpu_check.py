@@ -34,10 +34,10 @@ from rich.console import Console
 from benchmarks.environment import ROOT, environment, now
 from benchmarks.generated import FOLDER, first, generated
 from dali_pipes import DatasetIndex
+from dali_pipes.replacing import write_atomically
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
 from trainer.metrics import read_metrics
-from trainer.run_folder import write_atomically
 
 TAIL = 12000  # characters of output that are kept of a part
 TRAINING = {"cuda": (200, 64), "cpu": (10, 16)}  # steps, batch

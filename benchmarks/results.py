@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.measure import Estimate, estimate
+from dali_pipes.replacing import write_atomically
 
 SCHEMA = 1
 Better = Literal["higher", "lower", "neither"]
@@ -88,9 +89,7 @@ def write(result: Result, folder: Path) -> Path:
     for row, m in zip(record["measurements"], result.measurements, strict=True):
         row["estimate"] = asdict(m.estimate)
     file = folder / f"{result.stem}.json"
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    draft.replace(file)
+    write_atomically(file, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
     return file
 
 

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dali_pipes.file_check import MOST_PIXELS, Level, check_file
 from dali_pipes.listing import DatasetError, Listing, leaves, listing
+from dali_pipes.replacing import replacing
 from dali_pipes.scan_cache import Looks, ScanCache, default_file, joined, split, stamp
 
 Pathlike = str | os.PathLike[str]
@@ -147,10 +148,9 @@ class DatasetIndex:
             "rejected": self.rejected,
             "outside": any(map(leaves, self.names)),
         }
-        partly = f"{os.fspath(file)}.{os.getpid()}.part"
-        with open(partly, "wb", opener=partial(os.open, mode=0o600)) as out:
+        with replacing(Path(file)) as stream:
             np.savez(
-                out,
+                stream,
                 names=np.frombuffer(joined(self.names), np.uint8),
                 labels=self.labels,
                 widths=self.widths,
@@ -158,7 +158,6 @@ class DatasetIndex:
                 file_sizes=self.file_sizes,
                 text=np.frombuffer(json.dumps(text).encode(), np.uint8),
             )
-        os.replace(partly, file)
 
     @classmethod
     def load(cls, file: Pathlike, tree: Pathlike | None = None) -> "DatasetIndex":
@@ -167,7 +166,7 @@ class DatasetIndex:
         Nothing in the file is executed, and it takes no more memory than it has bytes on disk, whatever it claims.
 
         Raises:
-            DatasetError: the file is missing or is no index.
+            DatasetError: the file is missing, cannot be read, or is no index.
         """
         try:
             with zipfile.ZipFile(file) as archive:
@@ -189,6 +188,8 @@ class DatasetIndex:
             raise DatasetError(
                 f"{os.fspath(file)}: no such index; make it with DatasetIndex.scan(tree).save(file)"
             ) from None
+        except OSError as error:
+            raise DatasetError(f"{os.fspath(file)} cannot be read: {error.strerror}") from None
         except Exception as error:  # whatever bytes are in the file: zipfile, NumPy and JSON raise many types
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise DatasetError(

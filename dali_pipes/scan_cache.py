@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import PIL
 from numpy.typing import NDArray
 
 from dali_pipes.file_check import FileCheck, Level
+from dali_pipes.replacing import replacing
 
 Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds since 1970
 _VERSION = 1  # of the format, and of what makes `check_file` reject
@@ -141,28 +141,16 @@ class ScanCache:
             return
         text = json.dumps({"kind": self._kind, "reasons": kept.reasons}).encode()
         try:
-            _write(
-                self._file,
-                {
-                    "names": np.frombuffer(joined(names), np.uint8),
-                    "text": np.frombuffer(text, np.uint8),
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with replacing(self._file) as stream:
+                np.savez(
+                    stream,
+                    names=np.frombuffer(joined(names), np.uint8),
+                    text=np.frombuffer(text, np.uint8),
                     **{name: getattr(kept, name) for name in _COLUMNS},
-                },
-            )
+                )
         except OSError:
             return
-
-
-def _write(file: Path, columns: dict[str, NDArray[Any]]) -> None:
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, partly = tempfile.mkstemp(prefix=file.name, suffix=".part", dir=file.parent)  # of this user alone
-    try:
-        with open(descriptor, "wb") as out:
-            np.savez(out, allow_pickle=False, **columns)
-        os.replace(partly, file)
-    except BaseException:
-        os.unlink(partly)
-        raise
 
 
 def joined(names: list[str]) -> bytes:

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from dali_pipes.replacing import replacing, write_atomically
 from trainer.config import ConfigError
-from trainer.run_folder import replacing, write_atomically
 
 FORMAT = 2
 LATEST = "latest"

@@ -6,7 +6,6 @@ build the model, and what it expects of its images.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import tyro
 from safetensors.torch import save
 from torch import nn
 
+from dali_pipes.replacing import replacing, write_atomically
 from model import MoCoV3
 from model.backbones import RESNETS
 from model.moco import IMAGENET_MEAN, IMAGENET_STD
@@ -28,7 +28,7 @@ from trainer import checkpoint
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
 from trainer.engine import build_model
-from trainer.run_folder import CONFIG, write_atomically
+from trainer.run_folder import CONFIG
 
 Format = Literal["timm", "official", "deit"]
 
@@ -112,16 +112,14 @@ def export(run: TrainedRun, out: Path, form: Format) -> dict[str, Any]:
 
     about = description(run, form, out.name)
     weights = {name: value.contiguous() for name, value in run.model.backbone_state_dict().items()}
-    part = out.with_name(out.name + ".part")
     try:
-        if form == "timm":
-            part.write_bytes(save(weights, {"format": "pt"}))
-        else:
-            torch.save({"model": weights} if form == "deit" else official_checkpoint(run), part)
-        os.replace(part, out)
+        with replacing(out) as stream:
+            if form == "timm":
+                stream.write(save(weights, {"format": "pt"}))
+            else:
+                torch.save({"model": weights} if form == "deit" else official_checkpoint(run), stream)
         write_atomically(beside, (json.dumps(about, indent=2) + "\n").encode())
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
         raise ConfigError(f"--out {out} cannot be written: {error}") from None
     return about
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.replacing import write_atomically
 from trainer.config import Config
 from trainer.engine import Engine, autocast
 from trainer.eval_reader import EvalReader
 from trainer.metrics import METRICS, Display, read_metrics
-from trainer.run_folder import write_atomically
 
 SUMMARY = "summary.json"
 _NUMBERS = ("steps", "loss_first", "loss_last", "knn_before", "knn_after", "images_per_second", "data_wait")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from trainer.run_folder import write_atomically
+from dali_pipes.replacing import write_atomically
 
 METRICS = "metrics.jsonl"
 _SILENCE = 30.0  # seconds between lines of progress where no terminal shows it live

@@ -15,6 +15,7 @@ from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.augment import missing_c_compiler, why_not_fused
 from dali_pipes.failures import tolerated
 from dali_pipes.listing import training_tree
+from dali_pipes.replacing import write_atomically
 from trainer import checkpoint, resume
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
@@ -22,7 +23,7 @@ from trainer.distributed import World, choose_device
 from trainer.engine import build_model, recipe
 from trainer.metrics import Display
 from trainer.microbatch import check_microbatch
-from trainer.run_folder import RunFolder, write_atomically
+from trainer.run_folder import RunFolder
 from trainer.signals import Stopped
 from trainer.status import write_status
 

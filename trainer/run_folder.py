@@ -1,23 +1,17 @@
 """A run's own folder: whose it is, one process at a time, and the configuration that it goes on with."""
 
-import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from dali_pipes.replacing import PART, write_atomically
 from trainer.config import Config, ConfigError, disagreements
 
 CONFIG = "config.json"
 LOCK = "lock"
 STATUS = "status.json"
-PART = ".part"  # ending of a file that is being written
-
-_UMASK = os.umask(0)  # can only be read by setting it: once, before there are threads
-os.umask(_UMASK)
 
 
 class RunFolder:
@@ -39,7 +33,7 @@ class RunFolder:
             raise ConfigError(f"--out {self.path} is a file; name a folder")
         file = self.path / CONFIG
         if not file.exists():
-            if any(entry.name not in (LOCK, STATUS, CONFIG + PART, STATUS + PART) for entry in self.path.iterdir()):
+            if any(entry.name not in (LOCK, STATUS) and entry.suffix != PART for entry in self.path.iterdir()):
                 raise ConfigError(f"--out {self.path} is not empty and holds no run; name another folder")
             return None
         try:
@@ -100,45 +94,3 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """A private file to write into (and to read back), which becomes `file` if the block ends without an error.
-
-    `file` is either the old or the new one at any instant, also after a power cut, and the temporary file is nobody
-    else's to read or to swap: it is made anew, for this user alone.
-    """
-    part = file.with_name(file.name + PART)
-    try:
-        part.unlink(missing_ok=True)
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w+b") as stream:
-            yield stream
-            stream.flush()
-            os.fchmod(descriptor, 0o666 & ~_UMASK)
-            os.fsync(descriptor)
-        os.replace(part, file)
-        _sync_folder(file.parent)
-    except BaseException:
-        with suppress(OSError):  # what went wrong before is what to report
-            part.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write so that `file` is either the old or the new one at any instant, also after a power cut."""
-    with replacing(file) as stream:
-        stream.write(content)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last; some network file systems know no such thing, and do without."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

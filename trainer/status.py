@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from trainer.run_folder import STATUS, write_atomically
+from dali_pipes.replacing import write_atomically
+from trainer.run_folder import STATUS
 from trainer.signals import Stopped
 
 State = Literal["running", "preempted", "finished", "failed"]

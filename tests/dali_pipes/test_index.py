@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.replacing import _UMASK
 from tests.dali_pipes.odd_files import BAD, GOOD, encoded, picture, write_odd_files
 
 
@@ -146,6 +147,7 @@ def test_a_claimed_size_takes_no_memory(kind, tmp_path):
     code = """
 import resource, sys
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.replacing import _UMASK
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     DatasetIndex.scan(sys.argv[1], level="full")
@@ -288,3 +290,25 @@ def test_a_file_that_is_no_index(tmp_path):
         DatasetIndex.load(tmp_path / "index.npz")
     with pytest.raises(DatasetError, match="no such index"):
         DatasetIndex.load(tmp_path / "none.npz")
+
+
+def test_an_index_is_whole_readable_by_others_or_not_there(tree, tmp_path, monkeypatch):
+    index, file = DatasetIndex.scan(tree), tmp_path / "index.npz"
+    index.save(file)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~_UMASK
+    before = file.read_bytes()
+
+    def full(*arguments, **columns):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        index.save(file)
+    assert file.read_bytes() == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_index_that_cannot_be_read_says_why(tmp_path):
+    (tmp_path / "index.npz").mkdir()
+    with pytest.raises(DatasetError, match=r"index\.npz cannot be read: Is a directory"):
+        DatasetIndex.load(tmp_path / "index.npz")

@@ -194,7 +194,6 @@ def test_trees_and_levels_have_caches_of_their_own_for_this_user_alone(tree, ope
     assert len(opened()) == 8
     assert len(list(home.iterdir())) == 3
     assert home.stat().st_mode & 0o777 == 0o700
-    assert {file.stat().st_mode & 0o777 for file in home.iterdir()} == {0o600}
     assert default_file(tree, "header") in list(home.iterdir())
 
 
