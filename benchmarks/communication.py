@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -31,7 +32,7 @@ from benchmarks.results import ResultError
 from benchmarks.step_runs import CACHED
 from benchmarks.tables import number
 from model.sync_bn import SyncBatchNorm
-from trainer.config import Config, ConfigError, replace
+from trainer.config import STATED, Config, ConfigError, replace
 from trainer.engine import build_model
 from trainer.presets import PRESETS
 
@@ -54,7 +55,7 @@ class Communication:
     """Up to so many the links within a node count, beyond it the network."""
     amp: bool = True
     """Keys in two bytes, as under autocast."""
-    step_ms: float | None = None
+    step_ms: Annotated[float | None, STATED] = None
     """Of one GPU (default: the step on a cached batch in --results, measured on a GPU)."""
     backward_share: float = 0.5
     """Of the step: what gradients can hide behind."""

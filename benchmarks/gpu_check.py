@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -35,7 +35,7 @@ from benchmarks.environment import ROOT, environment, now
 from benchmarks.generated import FOLDER, first, generated
 from dali_pipes import DatasetIndex
 from dali_pipes.replacing import write_atomically
-from trainer.config import ConfigError
+from trainer.config import STATED, ConfigError
 from trainer.distributed import World, choose_device
 from trainer.metrics import read_metrics
 
@@ -57,7 +57,7 @@ class GpuCheck:
     """cpu: only to see whether the check itself works."""
     images: int = 256
     """Generated JPEGs."""
-    only: tuple[str, ...] = ()
+    only: Annotated[tuple[str, ...], STATED] = ()
     """Names of parts; the file keeps the others that it has of the same code on the same machine (default: all)."""
 
 

@@ -1,6 +1,6 @@
 """What do chunks of a batch save, what do they cost, and do they change a number?
 
-    python -m benchmarks.microbatch [--batch-size 256] [--chunks 256 64 16] [--data DIR] [--quick] [--help]
+    python -m benchmarks.microbatch [--batch-size 256] [--chunks 64 16] [--data DIR] [--quick] [--help]
 
 The trainer's forward and backward pass with `--microbatch`, against the plain one: memory, time, loss and gradients.
 """
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ from benchmarks.results import Measurement, Result
 from benchmarks.tables import number
 from dali_pipes import DatasetIndex, ViewLoader
 from trainer import config as configuration
-from trainer.config import Config, ConfigError
+from trainer.config import STATED, Config, ConfigError
 from trainer.engine import build_model
 from trainer.microbatch import check_microbatch
 from trainer.preparation import resolve
@@ -42,11 +43,11 @@ class Microbatch:
     """Of train_ddp.py; its backbone has no batch norm."""
     batch_size: int = 256
     """Images of the step."""
-    chunks: tuple[int, ...] = (256, 64, 16)
-    """Values of --microbatch to compare."""
-    image_size: int | None = None
+    chunks: tuple[int, ...] = (64, 16)
+    """Values of --microbatch to compare with the whole batch."""
+    image_size: Annotated[int | None, STATED] = None
     """Side of the views, in pixels (default: 224 on a GPU, 64 on the CPU)."""
-    depth: int | None = None
+    depth: Annotated[int | None, STATED] = None
     """Blocks of the backbone (default: all on a GPU, 4 on the CPU)."""
 
 
@@ -54,7 +55,7 @@ def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progre
     """Run the benchmark."""
     common, cuda = flags.common, device.type == "cuda"
     if common.quick:
-        flags = replace(flags, batch_size=8, chunks=(8, 3), image_size=32, depth=1)
+        flags = replace(flags, batch_size=8, chunks=(4, 3), image_size=32, depth=1)
     config = _config(flags, device, progress)
     started, env = now(), environment(device)
     images = first(common.index(progress), flags.batch_size)
@@ -91,8 +92,9 @@ def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progre
 def _config(flags: Microbatch, device: torch.device, progress: Progress) -> Config:
     if flags.preset not in PRESETS:
         raise ConfigError(f"--preset {flags.preset} is not known; choose from: {', '.join(PRESETS)}")
-    if min(flags.chunks, default=0) < 1:
-        raise ConfigError(f"--chunks {' '.join(map(str, flags.chunks))}: takes numbers of 1 or more")
+    if not flags.chunks or min(flags.chunks) < 1 or max(flags.chunks) >= flags.batch_size:
+        chunks = " ".join(map(str, flags.chunks))
+        raise ConfigError(f"--chunks {chunks}: takes numbers from 1 to below --batch-size {flags.batch_size}")
     cuda = device.type == "cuda"
     preset = PRESETS[flags.preset]()
     shortened = None if cuda or not preset.model.arch.startswith("vit_") else 4

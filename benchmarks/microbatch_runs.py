@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.results import ResultError
 from trainer.config import Config
 from trainer.engine import autocast, build_model
 from trainer.microbatch import chunked_step
@@ -39,7 +40,7 @@ def take(config: Config, device: torch.device, views: Tensor, chunk: int | None,
     views: (2, N, 3, S, S), uint8. chunk: images in the backbone at once; None for the whole batch in the plain step.
 
     Raises:
-        RuntimeError: the process died; its message is on stderr.
+        ResultError: the process died; its message is on stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "taken"
@@ -47,7 +48,8 @@ def take(config: Config, device: torch.device, views: Tensor, chunk: int | None,
         process.start()
         process.join()
         if process.exitcode:
-            raise RuntimeError(f"a step in chunks of {chunk or 'the whole batch'} failed: exit code {process.exitcode}")
+            step = "the plain step" if chunk is None else f"the step with --microbatch {chunk}"
+            raise ResultError(f"{step} failed: exit code {process.exitcode}")
         return Taken(**torch.load(file, weights_only=True))
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ from benchmarks.step import training_config
 from benchmarks.step_runs import resident_bytes
 from dali_pipes import DatasetIndex
 from trainer import config as configuration
-from trainer.config import Config, ConfigError
+from trainer.config import STATED, Config, ConfigError
 from trainer.distributed import World
 from trainer.engine import Engine, build_model
 
@@ -66,13 +66,13 @@ class Variants:
     common: Common = field(default_factory=Common)
     presets: tuple[str, ...] = PRESETS
     """Of train_ddp.py; a table each."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, STATED] = None
     """Images a step (default: 256 on a GPU, 4 on the CPU)."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, STATED] = None
     """Side of the views, in pixels (default: 224 on a GPU; 32 on the CPU, where the models are smaller, too)."""
     compile: Literal["auto", "on", "off"] = "on"
     """The rows that compile; off where there is no compiler."""
-    steps: int | None = None
+    steps: Annotated[int | None, STATED] = None
     """Steps a round (default: 20 on a GPU, 1 on the CPU)."""
 
 

@@ -1,4 +1,4 @@
-"""The same parameters applied by torchvision to Pillow images: the tests' oracle and the benchmarks' peer."""
+"""The same parameters applied by torchvision to Pillow images: the oracle of the tests and of the equality table."""
 
 import numpy as np
 import torch

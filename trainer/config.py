@@ -15,7 +15,8 @@ class ConfigError(ValueError):
     """A wrong flag or environment: one line that says what, which value, and how to mend it."""
 
 
-Alias = tyro.conf.arg
+# Of a flag whose help says what it is by default, where None or nothing would say nothing.
+STATED = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default})" * (default not in ("None", "")))
 _INTERVAL = r"0*[1-9]\d{0,9}|(?=.*[1-9])\d{1,6}(\.\d{1,6})?min"  # steps or minutes, above 0
 
 
@@ -29,7 +30,7 @@ class Data:
     """Side of the square views, in pixels."""
     crop_min: float = 0.08
     """Lower bound of the crop's share of the image area, both views."""
-    workers: Annotated[int | None, Alias(aliases=["-j"])] = None
+    workers: Annotated[int | None, STATED, tyro.conf.arg(aliases=["-j"])] = None
     """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
     augment: Literal["auto", "fused", "dali"] = "auto"
     """Who augments after the crop: DALI's operators, or fused kernels on CUDA. The views differ by rounding only.
@@ -38,22 +39,22 @@ class Data:
     """On CUDA, decode JPEGs by the GPU's hardware engine where it has one; its pixels may differ from the others'."""
     outside: bool = False
     """Let a list file name images outside of its own folder."""
-    max_failed: int | None = None
-    """Images that may go bad during the run, others standing in, before it stops (default: 0.1 %, at least 10)."""
+    max_failed: Annotated[int | None, STATED] = None
+    """Images that may turn out broken, others standing in, before the run stops (default: 0.1 %, at least 10)."""
 
 
 @dataclass(frozen=True)
 class Model:
     """Backbone, heads and loss."""
 
-    arch: Annotated[str, Alias(aliases=["-a"])] = "vit_small"
+    arch: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "vit_small"
     """Backbone: vit_small, vit_base, vit_conv_small, vit_conv_base, a torchvision ResNet, or any timm name."""
     embed_dim: int | None = None
-    """Width of a vit_* backbone (default: as the name says)."""
+    """Width of a vit_* backbone; None: as the name says."""
     depth: int | None = None
-    """Blocks of a vit_* backbone (default: as the name says)."""
+    """Blocks of a vit_* backbone; None: as the name says."""
     num_heads: int | None = None
-    """Attention heads of a vit_* backbone (default: as the name says)."""
+    """Attention heads of a vit_* backbone; None: as the name says."""
     heads: Literal["auto", "vit", "resnet"] = "auto"
     """Layout of projector and predictor. auto: vit for transformers, resnet for convolutional networks."""
     moco_dim: int = 256
@@ -82,19 +83,19 @@ class Optim:
 
     epochs: int = 100
     """Length of the schedule, in passes over the training images."""
-    batch_size: Annotated[int, Alias(aliases=["-b"])] = 4096
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 4096
     """Images a step over all ranks."""
     optimizer: Literal["lars", "adamw"] = "lars"
     """LARS for ResNets, AdamW for transformers."""
-    lr: Annotated[float, Alias(aliases=["--learning-rate"])] = 0.6
+    lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 0.6
     """Base learning rate; the peak is lr x batch size / 256."""
     momentum: float = 0.9
     """Momentum of LARS; AdamW has none."""
-    weight_decay: Annotated[float, Alias(aliases=["--wd"])] = 1e-6
+    weight_decay: Annotated[float, tyro.conf.arg(aliases=["--wd"])] = 1e-6
     """Weight decay."""
     warmup_epochs: int = 10
     """Epochs of linear warm-up from 0."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float | None, STATED] = None
     """Scale gradients down to this norm, over all parameters, where theirs is larger (default: never)."""
     seed: int = 0
     """Of the initial weights, the order of the images and every augmentation."""
@@ -107,22 +108,22 @@ class Run:
     out: Path = tyro.MISSING
     """Folder of the run; the same command goes on where it stopped."""
     resume: Path | None = None
-    """Checkpoint to start a new --out from, of train_ddp.py or of the reference release (.pth.tar); a run in --out goes
-    on by itself."""
+    """Checkpoint to start a new --out from, of train_ddp.py or of the reference release (.pth.tar).
+    A run in --out needs none: it goes on by itself."""
     max_steps: int | None = None
     """Stop after this many steps of the schedule."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU, or the CPU where the machine has none."""
     amp: Literal["auto", "bf16", "fp16", "tf32", "off"] = "auto"
-    """Autocast. auto: bf16, fp16 below compute capability 8.0, off on the CPU. tf32: none, but the GPU multiplies
-    float32 with 10 bits of mantissa; off: with all."""
+    """Autocast. auto: bf16, fp16 below compute capability 8.0, off on the CPU.
+    Without autocast, a GPU multiplies float32 with all bits (off), or faster with 10 bits of mantissa (tf32)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the encoders. auto: on for CUDA where there is a C compiler."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of parameters and inputs; float64 is for checks."""
     microbatch: int | None = None
-    """Images of a rank that are in the backbone at once: same loss and gradients, less memory, more time;
-    for backbones without batch norm and dropout."""
+    """Images of a rank that are in the backbone at once: same loss and gradients, less memory, more time.
+    For backbones without batch norm and dropout."""
     checkpoint_activations: bool = False
     """Keep only the inputs of the backbone's blocks and compute them again for the gradient: less memory, more time."""
     deterministic: bool = False
@@ -137,9 +138,9 @@ class Run:
     """Steps between two reads of the metrics: the only times that the step waits for the device."""
     keep: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
-    keep_every: int | None = None
+    keep_every: Annotated[int | None, STATED] = None
     """Epochs between checkpoints that are kept for good, besides the newest (default: none)."""
-    save_every: str | None = None
+    save_every: Annotated[str | None, STATED] = None
     """Steps (500) or minutes (30min) between checkpoints, besides those at the end of each epoch (default: none)."""
     timeout: int = 1800
     """Seconds that ranks wait for each other before the run ends."""

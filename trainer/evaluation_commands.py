@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from model.backbones import RESNETS
-from trainer.config import ConfigError, check_divisible
+from trainer.config import STATED, ConfigError, check_divisible
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,13 @@ class Evaluation:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU, or the CPU where the machine has none."""
     amp: Literal["off", "bf16", "fp16"] = "off"
-    """Autocast of the network; the reference's evaluation has none. off: float32, in which torch lets GPUs convolve in
-    TF32."""
-    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    """Autocast of the network; the reference's evaluation has none.
+    off: float32, in which torch lets GPUs convolve in TF32."""
+    workers: Annotated[int | None, STATED, tyro.conf.arg(aliases=["-j"])] = None
     """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
-    name: str | None = None
-    """Of the result, RUN/eval/NAME.json (default: the kind of evaluation); an older one of that name is replaced, if it
-    is of the same --data."""
+    name: Annotated[str | None, STATED] = None
+    """Of the result, RUN/eval/NAME.json (default: the kind of evaluation).
+    An older one of that name is replaced, if it is of the same --data."""
 
     @property
     def kind(self) -> str:
@@ -63,9 +62,9 @@ class Knn(Evaluation):
 class Linear(Evaluation):
     """Linear probe by the reference's protocol: top-1 and top-5 on val/ after the last and after the best epoch."""
 
-    lr: tuple[float, ...] = ()
-    """Base learning rates, x batch size / 256 each, all in one pass (default: the reference's, 0.1 for ResNets, 3 for
-    transformers, and others around it)."""
+    lr: Annotated[tuple[float, ...], STATED] = ()
+    """Base learning rates, x batch size / 256 each, all in one pass.
+    (default: the reference's, 0.1 for convolutional networks and 3 for transformers, and some around it)."""
     epochs: int = 90
     """Epochs."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 1024
@@ -77,9 +76,9 @@ class Linear(Evaluation):
     seed: int = 0
     """Of the first head, the order of the images and their crops."""
 
-    def rates(self, arch: str) -> tuple[float, ...]:
-        """The learning rates, defaults filled in."""
-        return self.lr or ((0.03, 0.1, 0.3, 1.0) if arch in RESNETS else (0.3, 1.0, 3.0, 10.0))
+    def rates(self, heads: str) -> tuple[float, ...]:
+        """The learning rates, defaults filled in; `heads`: of the model, "resnet" for convolutional networks."""
+        return self.lr or ((0.03, 0.1, 0.3, 1.0) if heads == "resnet" else (0.3, 1.0, 3.0, 10.0))
 
     def check(self, world_size: int) -> None:  # noqa: D102
         super().check(world_size)
@@ -116,7 +115,7 @@ class Finetune(Evaluation):
     """Alpha of mixup; 0: none."""
     cutmix: float = 1.0
     """Alpha of CutMix; 0: none."""
-    drop_path: float | None = None
+    drop_path: Annotated[float | None, STATED] = None
     """Stochastic depth (default: 0.1, but none for torchvision's ResNets, which have no such thing)."""
     seed: int = 0
     """Of the first classifier, the order of the images, their crops and mixing, and of what the network drops."""

@@ -64,7 +64,7 @@ class Evaluator:
 
     def _linear(self, command: Linear, train: DatasetIndex, val: DatasetIndex) -> dict[str, Any]:
         schedule = linear.Schedule(command.epochs, command.batch_size, command.momentum, command.weight_decay)
-        lrs = command.rates(self.run.config.model.arch)
+        lrs = command.rates(self.model.heads)
         heads = linear.Heads(lrs, self.model.feature_dim, len(train.classes), schedule, command.seed, self.device)
         progress = _Progress(self, command.epochs)
         self.say(f"learning rates {', '.join(f'{lr:g}' for lr in lrs)}, each x {command.batch_size} / 256")

@@ -173,7 +173,7 @@ def _load(engine: Engine, start: Start, display: Display) -> None:
             start.state.clear()  # rank 0 would keep a second copy of it all
         differ = [f"{name} {before.get(name)}" for name in here if before.get(name) != here[name]]
         if differ:
-            display.say(f"checkpoint by {', '.join(differ)}; here {here}: last digits of losses may differ")
+            display.say(f"checkpoint by {', '.join(differ)}; last digits of losses may differ here")
     engine.set_aside(start.gone)
 
 

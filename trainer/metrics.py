@@ -1,5 +1,6 @@
 """What a run tells: `metrics.jsonl`, TensorBoard events and the console, and how long the step waited for data."""
 
+import datetime
 import errno
 import json
 import os
@@ -194,7 +195,7 @@ class Display:
             self._bar.update(self._task, description=text, completed=row["step"])
             return
         left = (time.monotonic() - self._started) / (row["step"] - self._first) * (self._total - row["step"])
-        self.say(f"step {row['step']}/{self._total} {text} ETA {int(left) // 60}:{int(left) % 60:02d}")
+        self.say(f"step {row['step']}/{self._total} {text} ETA {datetime.timedelta(seconds=int(left))}")
 
     def stop(self) -> None:
         """Leave the terminal as it was."""

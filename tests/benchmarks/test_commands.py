@@ -172,6 +172,7 @@ def test_an_experiment_that_fails_is_left_out_with_its_reason(result_of, monkeyp
         (LOADER, ["--image-size", "0"], "--image-size"),
         (ABLATION, ["--workers", "-1"], "--workers -1"),
         (MICROBATCH, ["--chunks", "0"], "--chunks 0"),
+        (MICROBATCH, ["--chunks", "8", "--batch-size", "8"], "below --batch-size 8"),
         (MICROBATCH, ["--preset", "r50-100ep"], "batch norm"),
         (STEP, ["--preset", "vit-x"], "vit-x"),
         (STEP, ["--image-size", "33"], "33"),

@@ -176,4 +176,4 @@ def test_a_flag_of_the_references_probe_has_its_default(flag):
 
 def test_the_references_learning_rate_of_the_probe_is_among_ours():
     probe = Linear(run=Path("run"), data=Path("images"))
-    assert load("cli")["main_lincls"]["learning_rate"]["default"] in probe.rates("resnet50")
+    assert load("cli")["main_lincls"]["learning_rate"]["default"] in probe.rates("resnet")
