@@ -21,6 +21,7 @@ import torch.distributed as dist
 import tyro
 
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.listing import training_tree, validation_tree
 from dali_pipes.replacing import write_atomically
 from trainer import handover
 from trainer.config import ConfigError
@@ -124,7 +125,7 @@ def _find(argv: list[str], world: World) -> Found:
     run = open_run(command.run)
     for warning in run.warnings:
         print(f"warning: {warning}; taking the one before")
-    train, val = _scan(command.data)
+    train, val = _scan(command.data, command.outside)
     _check_output(command)
     if isinstance(command, Finetune):
         with torch.device("meta"):
@@ -152,23 +153,26 @@ def _check_output(command: Evaluation) -> None:
         raise ConfigError(f"{output} is of --data {before}; give this one another --name")
 
 
-def _scan(data: Path) -> tuple[DatasetIndex, DatasetIndex]:
-    if not data.is_dir():
-        raise ConfigError(f"--data {data}: no such folder")
-    for name in ("train", "val"):
-        if not (data / name).is_dir():
-            raise ConfigError(f"--data {data} has no {name}/; evaluation needs train/ and val/ with class folders")
-    train, val = DatasetIndex.scan(data / "train"), DatasetIndex.scan(data / "val")
+def _scan(data: Path, outside: bool) -> tuple[DatasetIndex, DatasetIndex]:
+    if not data.exists():
+        raise ConfigError(f"--data {data}: no such folder or list")
+    val_tree = validation_tree(data)
+    if val_tree is None and data.is_file():
+        raise ConfigError(f"--data {data}: evaluation needs a list train.txt, with val.txt beside it")
+    if val_tree is None:
+        lacks = "train" if training_tree(data) == data else "val"
+        raise ConfigError(f"--data {data} has no {lacks}/; evaluation needs train/ and val/ with class folders")
+    train, val = (DatasetIndex.scan(tree, outside=outside) for tree in (training_tree(data), val_tree))
     for index in (train, val):
         if index.rejected:
             path, reason = index.rejected[0]
             print(f"{index.tree}: {len(index.rejected)} files set aside, first {path}: {reason}")
-    if train.classes != val.classes:
+    if not val.labelled_as(train):
         odd = sorted(set(train.classes) ^ set(val.classes))[0]
         where, other = ("train", "val") if odd in train.classes else ("val", "train")
-        raise ConfigError(f"--data {data}: class {odd} is in {where}/ and not in {other}/; their class folders differ")
+        raise ConfigError(f"--data {data}: class {odd} is in {where} and not in {other}; they need the same classes")
     if len(train.classes) < 2:
-        raise ConfigError(f"--data {data} has {len(train.classes)} class folders; evaluation needs at least two")
+        raise ConfigError(f"--data {data} has {len(train.classes)} classes; evaluation needs at least two")
     return train, val
 
 

@@ -114,6 +114,11 @@ class DatasetIndex:
             rejected=rejected,
         )
 
+    def labelled_as(self, other: "DatasetIndex") -> bool:
+        """Whether labels mean the same in both: the classes are the same, or are numbers, all of them the other's."""
+        numbers = tuple(map(str, range(len(self.classes))))
+        return self.classes == other.classes or self.classes == numbers == other.classes[: len(numbers)]
+
     def lost(self, now: "DatasetIndex") -> list[int] | None:
         """Rows that a later scan of the tree does not have as they were; None if the two differ in anything else."""
         if self.classes != now.classes:

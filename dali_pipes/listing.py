@@ -32,6 +32,18 @@ def training_tree(data: Path) -> Path:
     return train if train.is_dir() else data
 
 
+def validation_tree(data: Path) -> Path | None:
+    """What features of a `--data` are judged on: val/ beside its train/, or val.txt beside the list train.txt.
+
+    None if there is no such folder or list.
+    """
+    if data.is_file():
+        val = data.with_name("val.txt")
+        return val if data.name == "train.txt" and val.is_file() else None
+    val = data / "val"
+    return val if training_tree(data) != data and val.is_dir() else None
+
+
 def leaves(name: str) -> bool:
     """Whether a name relative to a folder is of something outside of it."""
     return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir

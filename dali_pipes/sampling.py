@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from dali_pipes.views import ViewSpec
 
 _TRIES = 10  # of torchvision's RandomResizedCrop.get_params, before it falls back to a centred crop
-_AREAS, _RATIOS = slice(0, 10), slice(10, 20)  # one of each a try
+_AREAS, _RATIOS = slice(0, _TRIES), slice(_TRIES, 2 * _TRIES)  # one of each a try
 _DRAWS = {
     "top": 20,
     "left": 21,

@@ -25,7 +25,8 @@ class Data:
     """Images and views."""
 
     data: Path = tyro.MISSING
-    """Folder of images: holds train/ and optionally val/, as ImageNet does, or is itself the training tree."""
+    """Folder of images: holds train/ and optionally val/, as ImageNet does, or is itself the training tree.
+    Or a list file."""
     image_size: int = 224
     """Side of the square views, in pixels."""
     crop_min: float = 0.08
@@ -131,7 +132,7 @@ class Run:
     on_nan: Literal["skip", "stop"] = "stop"
     """When loss or gradients are not finite, that step changes nothing; then stop at the next log line, or go on."""
     knn: bool = True
-    """k-NN accuracy before the first step and after the last (needs val/ and class folders)."""
+    """k-NN accuracy before the first step and after the last (needs val/ and classes)."""
     knn_every: int = 0
     """Also every this many epochs and at the last step, logged as `knn`; 0: not."""
     log_every: int = 10

@@ -17,7 +17,9 @@ class Evaluation:
     run: Path
     """Folder of the run; its newest whole checkpoint is evaluated, results go into RUN/eval."""
     data: Path
-    """Folder with train/ and val/, the same class folders in both."""
+    """Folder with train/ and val/, the same class folders in both; or a list train.txt, with val.txt beside it."""
+    outside: bool = False
+    """Let the lists name images outside of their own folder."""
     untrained: bool = False
     """Evaluate the network as it was before the first step instead, for comparison."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -27,13 +27,13 @@ def judgeable(
     if not config.run.knn:
         return None
     if val is None:
-        display.say(f"no k-NN accuracy: {config.data.data} has no train/ and val/ with images")
+        display.say(f"no k-NN accuracy: {config.data.data} has no train/ and val/, or val.txt beside it, with images")
         return None
     if len(val) < ranks:
         display.say(f"no k-NN accuracy: val/ has {len(val)} images for {ranks} ranks")
         return None
-    if val.classes != index.classes or len(index.classes) < 2:
-        display.say("no k-NN accuracy: train/ and val/ do not have the same class folders, at least two")
+    if not val.labelled_as(index) or len(index.classes) < 2:
+        display.say("no k-NN accuracy: training and validation images do not have the same classes, at least two")
         return None
     return index, val
 

@@ -14,7 +14,7 @@ import torch
 from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.augment import missing_c_compiler, why_not_fused
 from dali_pipes.failures import tolerated
-from dali_pipes.listing import training_tree
+from dali_pipes.listing import training_tree, validation_tree
 from dali_pipes.replacing import write_atomically
 from trainer import checkpoint, resume
 from trainer import config as configuration
@@ -76,11 +76,11 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
         recorded = None  # nothing was learned there yet, so nothing binds
     config = resolve(config, device, display.say, recorded["flags"] if recorded else {})
 
-    tree, val_tree = _trees(config.data.data)
+    tree, val_tree = training_tree(config.data.data), validation_tree(config.data.data)
     index = _scan(tree, display, config.data.outside)
     origin = config.run.out if recorded is not None else config.run.resume and config.run.resume.parent
     index, gone = _as_started(index, origin, config.data.max_failed, display) if origin else (index, [])
-    val = _scan_val(val_tree, display) if val_tree is not None and config.run.knn else None
+    val = _scan_val(val_tree, display, config.data.outside) if val_tree is not None and config.run.knn else None
     images = len(index)
     if config.optim.batch_size > images:
         raise ConfigError(
@@ -164,12 +164,6 @@ def _missing_compiler(device: torch.device) -> str | None:
     return None if any(map(shutil.which, names)) else f"C++ compiler ({' or '.join(names)}) on the PATH"
 
 
-def _trees(data: Path) -> tuple[Path, Path | None]:
-    """Training tree and validation tree of `--data`."""
-    train, val = training_tree(data), data / "val"
-    return train, val if train != data and val.is_dir() else None
-
-
 def _as_started(now: DatasetIndex, origin: Path, most: int | None, display: Display) -> tuple[DatasetIndex, list[int]]:
     """The index of the run in `origin` and its rows that went bad since, if they are few and nothing else changed.
 
@@ -187,15 +181,15 @@ def _as_started(now: DatasetIndex, origin: Path, most: int | None, display: Disp
     return started, gone
 
 
-def _scan_val(tree: Path, display: Display) -> DatasetIndex | None:
+def _scan_val(tree: Path, display: Display, outside: bool) -> DatasetIndex | None:
     try:
-        return _scan(tree, display)
+        return _scan(tree, display, outside)
     except DatasetError as error:
         display.say(f"no k-NN accuracy: {error}")
         return None
 
 
-def _scan(tree: Path, display: Display, outside: bool = False) -> DatasetIndex:
+def _scan(tree: Path, display: Display, outside: bool) -> DatasetIndex:
     with display.counting(f"looking at the images in {tree}") as progress:
         index = DatasetIndex.scan(tree, progress=progress, outside=outside)
     if index.rejected:

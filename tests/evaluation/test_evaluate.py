@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from timm.layers import DropPath
 
+from dali_pipes import DatasetIndex
 from evaluate import main
 from tests.dali_pipes.odd_files import encoded, picture
 from trainer.config import ConfigError, replace
@@ -214,16 +215,44 @@ def test_data_that_cannot_be_evaluated_on(refused, sample, tmp_path):
     shutil.copytree(sample, tmp_path / "data")
     first, *others = sorted((tmp_path / "data" / "val").iterdir())
     first.rename(first.with_name("zebra"))
-    assert f"class {first.name} is in train/ and not in val/" in refused("linear", data=tmp_path / "data")
+    assert f"class {first.name} is in train and not in val" in refused("linear", data=tmp_path / "data")
     shutil.rmtree(first.with_name("zebra"))
     for each in others[1:]:
         shutil.rmtree(each)
     for each in sorted((tmp_path / "data" / "train").iterdir()):
         if each.name != others[0].name:
             shutil.rmtree(each)
-    assert "has 1 class folders" in refused("knn", data=tmp_path / "data")
+    assert "has 1 classes" in refused("knn", data=tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "val")
     assert "has no val/" in refused("knn", data=tmp_path / "data")
+
+
+@pytest.fixture
+def lists(sample, tmp_path):
+    """The sample's images as train.txt and val.txt in another folder, which names them outside of it."""
+    for part in ("train", "val"):
+        index = DatasetIndex.scan(sample / part)
+        lines = [f"{path} {label}\n" for path, label in zip(index.paths, index.labels.tolist(), strict=True)]
+        (tmp_path / f"{part}.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def test_lists_are_evaluated_as_the_folders_are(trained, evaluate, lists, refused):
+    folders = evaluate("knn", "--device", "cpu", "--name", "folders", name="folders")
+    train, val = lists / "train.txt", lists / "val.txt"
+    flags = ["knn", "--run", str(trained), "--device", "cpu", "--name", "lists", "--data", str(train), "--outside"]
+    assert main(flags) == 0
+    found = json.loads((trained / "eval" / "lists.json").read_text())
+    assert (found["accuracy"], found["images"]) == (folders["accuracy"], folders["images"])
+    assert "--outside" in refused("knn", data=train)
+    # Of numbers the queries need not have all.
+    val.write_text("".join(line for line in val.open() if not line.endswith(" 9\n")))
+    assert main(flags) == 0
+    val.write_text(val.read_text().replace(" 8\n", " 10\n"))
+    assert "class 10 is in val and not in train" in refused("knn", "--outside", data=train)
+    assert "evaluation needs a list train.txt, with val.txt beside it" in refused("knn", data=val)
+    val.unlink()
+    assert "evaluation needs a list train.txt, with val.txt beside it" in refused("knn", data=train)
 
 
 @pytest.mark.parametrize(

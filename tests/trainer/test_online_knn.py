@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from dali_pipes import DatasetIndex
 from tests.dali_pipes.odd_files import encoded, picture
 from trainer import checkpoint
 from trainer.metrics import read_metrics
@@ -50,6 +51,17 @@ def test_a_run_that_goes_on_judges_nothing_twice(train, tmp_path, capsys):
 def test_without_val_it_trains_on(train, sample, tmp_path):
     assert train("--data", sample / "train", "--knn-every", 1, "--max-steps", 4) == 0
     assert accuracies(tmp_path / "run") == {}
+
+
+def test_a_list_is_judged_on_the_list_beside_it(train, losses, sample, tmp_path):
+    for part in ("train", "val"):
+        index = DatasetIndex.scan(sample / part)
+        lines = [f"{path} {label}\n" for path, label in zip(index.paths, index.labels.tolist(), strict=True)]
+        (tmp_path / f"{part}.txt").write_text("".join(lines))
+    assert train("--knn-every", 1, out="folders") == 0
+    assert train("--knn-every", 1, "--data", tmp_path / "train.txt", "--outside", out="lists") == 0
+    assert losses("lists") == losses("folders")
+    assert accuracies(tmp_path / "lists") == accuracies(tmp_path / "folders")
 
 
 def test_images_that_cannot_be_used_do_not_cost_the_accuracy(train, sample, tmp_path, capsys):
