@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 # See train_ddp.py: idle OpenMP threads that spin take the cores from DALI's.
@@ -22,7 +23,7 @@ import tyro
 
 from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.listing import training_tree, validation_tree
-from dali_pipes.replacing import write_atomically
+from dali_pipes.replacing import PART, write_atomically
 from trainer import handover
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device, gathered, join
@@ -81,24 +82,23 @@ def _main(argv: list[str], world: World) -> int:
     assert val is not None
     try:
         _evaluate(command, run, train, val, world, device)
-        return 0
-    except DatasetError as error:
-        return _stop(store, error)
+    except (ConfigError, DatasetError, FloatingPointError) as error:
+        reason = error
+        return handover.report_once(store, lambda: _report(reason))
     except torch.OutOfMemoryError:
         mend = "use --device cpu" if isinstance(command, Knn) else "use a smaller --batch-size"
-        return _stop(store, ConfigError(f"{device} is out of memory; {mend}"))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return handover.report_once(store, lambda: _report(ConfigError(f"{device} is out of memory; {mend}")))
+    except RuntimeError:
+        if handover.reported(store):  # of a collective whose other end is gone
+            return 2
+        raise
+    if dist.is_initialized():  # not after an error: it may wait for ranks that are stuck
+        dist.destroy_process_group()
+    return 0
 
 
 def _report(error: Exception) -> int:
     print(f"evaluate.py: error: {error}", file=sys.stderr, flush=True)
-    return 2
-
-
-def _stop(store: dist.Store | None, error: Exception) -> int:
-    handover.first_says(store, lambda: _report(error))
     return 2
 
 
@@ -126,14 +126,19 @@ def _find(argv: list[str], world: World) -> Found:
     for warning in run.warnings:
         print(f"warning: {warning}; taking the one before")
     train, val = _scan(command.data, command.outside)
+    if not run.file.exists():  # a run that is still training: by now it has a newer one
+        run = open_run(command.run)
     _check_output(command)
     if isinstance(command, Finetune):
         with torch.device("meta"):
             tunable(command, run)
-    try:
-        (command.run / "eval").mkdir(exist_ok=True)
+    output = _output(command)
+    try:  # before hours of work, not after
+        output.parent.mkdir(exist_ok=True)
+        with NamedTemporaryFile(prefix=f"{output.name}.", suffix=PART, dir=output.parent):
+            pass
     except OSError as error:
-        raise ConfigError(f"--run {command.run} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
     return Found(command, run, train, val)
 
 
@@ -203,10 +208,16 @@ def _evaluate(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-    output = _output(command)
-    write_atomically(output, (json.dumps(facts, indent=2, default=str) + "\n").encode())
+    output, text = _output(command), json.dumps(facts, indent=2, default=str) + "\n"
+    try:
+        write_atomically(output, text.encode())
+    except OSError as error:
+        print(text, flush=True)
+        raise ConfigError(f"{output} cannot be written: {error.strerror}; the result stands above") from None
     evaluator.say(f"file   {output}")
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # file names may be in any encoding
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main(sys.argv[1:]))

@@ -10,4 +10,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from trainer import run
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # file names may be in any encoding
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(run(sys.argv[1:]))

@@ -10,7 +10,7 @@ device, in CPU time of the host, and as the share of a training step that is mea
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ from benchmarks.step import training_config
 from benchmarks.tables import number
 from benchmarks.throughput import CPU, DEVICE, measure
 from dali_pipes import MOCO_V3, DatasetIndex, Recipe
-from trainer.config import STATED, ConfigError
+from trainer.config import ConfigError
 
 SWEEP_ROUNDS = 3
 BackEnd = Literal["dali", "fused"]
@@ -41,14 +41,14 @@ class Ablation:
     """The cost of each augmentation, alone and among the others."""
 
     common: Common = field(default_factory=Common)
-    augment: Annotated[tuple[BackEnd, ...] | None, STATED] = None
-    """Back ends (default: dali, and on a GPU also fused)."""
-    batch_size: Annotated[int | None, STATED] = None
-    """Images a batch (default: 256 on a GPU, 8 on the CPU)."""
+    augment: tuple[BackEnd, ...] | None = None
+    """Back ends; None: dali, and on a GPU also fused."""
+    batch_size: int | None = None
+    """Images a batch; None: 256 on a GPU, 8 on the CPU."""
     image_size: int = 224
     """Side of the views, in pixels."""
     preset: str = ""
-    """Whose step the shares are of (default: vit-s-300ep on a GPU, demo on the CPU)."""
+    """Whose step the shares are of; empty: vit-s-300ep on a GPU, demo on the CPU."""
     batches: int = 4
     """Of one window: the same ones for every variant, so that their draws cancel in a difference."""
     per_view: bool = True

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import tyro
@@ -19,7 +19,7 @@ from benchmarks.progress import Progress
 from benchmarks.results import Result, ResultError
 from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.listing import training_tree
-from trainer.config import STATED, ConfigError
+from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
 
 
@@ -27,16 +27,16 @@ from trainer.distributed import World, choose_device
 class Common:
     """What every benchmark takes."""
 
-    data: Annotated[Path | None, STATED] = None
-    """Folder of images, or a list file (default: generated JPEGs with ImageNet's sizes, in data/benchmark)."""
+    data: Path | None = None
+    """Folder of images, or a list file; None: generated JPEGs with ImageNet's sizes, in data/benchmark."""
     images: int = 256
     """Generated images; with --data, at most so many of them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU, or the CPU where the machine has none."""
     outside: bool = False
     """Let a list file (`--data`) name images outside of its folder."""
-    workers: Annotated[int | None, STATED] = None
-    """Threads of DALI, and processes of a DataLoader (default: this process's cores, at most 16)."""
+    workers: int | None = None
+    """Threads of DALI, and processes of a DataLoader; None: this process's cores, at most 16."""
     rounds: int = 7
     """Repeats of every measurement, taken in turns, so that a slow minute meets all alike."""
     out: Path = Path("benchmarks/results")

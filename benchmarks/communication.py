@@ -20,7 +20,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
@@ -32,7 +31,7 @@ from benchmarks.results import ResultError
 from benchmarks.step_runs import CACHED
 from benchmarks.tables import number
 from model.sync_bn import SyncBatchNorm
-from trainer.config import STATED, Config, ConfigError, replace
+from trainer.config import Config, ConfigError, replace
 from trainer.engine import build_model
 from trainer.presets import PRESETS
 
@@ -55,8 +54,8 @@ class Communication:
     """Up to so many the links within a node count, beyond it the network."""
     amp: bool = True
     """Keys in two bytes, as under autocast."""
-    step_ms: Annotated[float | None, STATED] = None
-    """Of one GPU (default: the step on a cached batch in --results, measured on a GPU)."""
+    step_ms: float | None = None
+    """Of one GPU; None: the step on a cached batch in --results, measured on a GPU."""
     backward_share: float = 0.5
     """Of the step: what gradients can hide behind."""
     nvlink: float = 450.0

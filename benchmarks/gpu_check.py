@@ -10,6 +10,7 @@ Where the GPU is lent for minutes, `--only` spreads the parts over several calls
 as long as code, versions and machine are the same.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -35,11 +36,12 @@ from benchmarks.environment import ROOT, environment, now
 from benchmarks.generated import FOLDER, first, generated
 from dali_pipes import DatasetIndex
 from dali_pipes.replacing import write_atomically
-from trainer.config import STATED, ConfigError
+from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
 from trainer.metrics import read_metrics
 
 TAIL = 12000  # characters of output that are kept of a part
+CODE = ("*.py", "[a-z]*/**/*.py")
 TRAINING = {"cuda": (200, 64), "cpu": (10, 16)}  # steps, batch
 IMAGES = "images"  # what the training reads, in the scratch folder
 PRESETS = {"vit_small": "vit-s-300ep", "vit_base": "vit-b-300ep", "resnet50": "r50-100ep"}
@@ -57,8 +59,8 @@ class GpuCheck:
     """cpu: only to see whether the check itself works."""
     images: int = 256
     """Generated JPEGs."""
-    only: Annotated[tuple[str, ...], STATED] = ()
-    """Names of parts; the file keeps the others that it has of the same code on the same machine (default: all)."""
+    only: tuple[str, ...] = ()
+    """Names of parts to run; none: all. What the file has of others it keeps, if code and machine are the same."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = environment(device)
     hardware = re.sub(r"[^a-z0-9]+", "_", env["hardware"].lower())
     file = flags.out / f"gpu_check-{hardware}.json"
-    records = earlier(file, env) if flags.only else {}
+    version = code()
+    records = earlier(file, env, version) if flags.only else {}
     with tempfile.TemporaryDirectory() as scratch:
         # Made here, so that no part pays for it.
         _link(generated(FOLDER, flags.images), math.prod(TRAINING[flags.device]), Path(scratch, IMAGES))
@@ -113,8 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = _run(part, deadline)
             outcomes.append(outcome)
             console.print(f"{'ok  ' if outcome.ok else 'FAIL'} {part.name}: {outcome.seconds:.0f} s {outcome.reason}")
-            records[part.name] = asdict(outcome)
-            record = {"schema": 1, "environment": env, "parts": [records[name] for name in names if name in records]}
+            if outcome.seconds or part.name not in records:  # it ran
+                records[part.name] = asdict(outcome)
+            done = [records[name] for name in names if name in records]
+            record = {"schema": 2, "environment": env, "code": version, "parts": done}
             # Each time: whoever lends the GPU may end this, too.
             write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
     failed = [o.name for o in outcomes if not o.ok]
@@ -122,11 +127,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def earlier(file: Path, env: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parts of a file by their names; none if there is no file, or its machine, versions or commit are others."""
+def code() -> str:
+    """Of all Python files of this checkout, 16 hexadecimal digits; a lent machine may have no git to ask."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in CODE for file in ROOT.glob(pattern)):
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def earlier(file: Path, env: dict[str, Any], now: str) -> dict[str, dict[str, Any]]:
+    """The parts of a file by their names; none if there is no file, or its machine, versions or code are others."""
+    free = {name: env[name] for name in ("busy_cores", "commit", "dirty")}
     try:
         record = json.loads(file.read_text())
-        if {**record["environment"], "busy_cores": env["busy_cores"]} != env:
+        if {**record["environment"], **free} != env or record["code"] != now:
             return {}
         return {part["name"]: part for part in record["parts"]}
     except (OSError, ValueError, KeyError, TypeError):
@@ -215,7 +229,7 @@ def trained(run: Path, steps: int, output: str) -> dict[str, Any]:
     rows = read_metrics(run)
     if not rows or rows[-1]["step"] != steps:
         raise ValueError(f"{rows[-1]['step'] if rows else 0} of {steps} steps were logged")
-    if not all(math.isfinite(row["loss"]) for row in rows) or any(row.get("bad_steps") for row in rows):
+    if any(row["loss"] is None for row in rows) or any(row.get("bad_steps") for row in rows):
         raise ValueError("a loss or a gradient is not finite")
     quarter = -(-len(rows) // 4)
     at_first, at_last = (statistics.fmean(row["loss"] for row in part) for part in (rows[:quarter], rows[-quarter:]))
@@ -242,7 +256,7 @@ def _run(part: Part, deadline: float) -> Outcome:
     if limit <= 0:
         return Outcome(part.name, command, created, ok=False, seconds=0.0, reason="not run: the time was over")
     started, reason = time.monotonic(), ""
-    # A file, no pipe: a process that outlives the part cannot hold it open.
+    # A file, no pipe, which a process that outlives the part would hold open.
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(
             [sys.executable, *part.arguments],
@@ -260,13 +274,12 @@ def _run(part: Part, deadline: float) -> Outcome:
                     os.kill(each, signal.SIGKILL)
             process.wait()
             reason = f"ended after {limit:.0f} s"
-        printed.seek(0)
-        output = printed.read().decode(errors="replace")
+        output = os.pread(printed.fileno(), os.fstat(printed.fileno()).st_size, 0).decode(errors="replace")
     seconds, findings = round(time.monotonic() - started, 1), {}
     try:
         findings = part.findings(output)
-    except ValueError as error:
-        reason = f"{reason}; {error}" if reason else str(error)
+    except Exception as error:  # of what a part left behind: whatever it is, the other parts are to run
+        reason = f"{reason}; {error or type(error)}" if reason else str(error or type(error))
     return Outcome(part.name, command, created, not reason, seconds, reason, findings, output[-TAIL:])
 
 
@@ -274,8 +287,9 @@ def _family(process: int) -> Iterator[int]:
     """A process and all that it started, also those in sessions of their own, as torchrun's under test."""
     yield process
     for file in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in file.read_text().split():
-            yield from _family(int(child))
+        with suppress(OSError):  # the thread has just ended
+            for child in file.read_text().split():
+                yield from _family(int(child))
 
 
 if __name__ == "__main__":

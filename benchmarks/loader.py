@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Annotated
 
 import torch
 from matplotlib.figure import Figure
@@ -26,7 +25,7 @@ from benchmarks.results import Measurement, Result
 from benchmarks.source import Contender, Source
 from benchmarks.throughput import CPU, RATE, measure
 from dali_pipes import MOCO_V3, DatasetIndex
-from trainer.config import STATED, ConfigError
+from trainer.config import ConfigError
 
 FULL, FUSED = "dali: two views", "fused: two views"
 DECODE = "dali: decode only"
@@ -42,8 +41,8 @@ class Loader:
     """Images a second and CPU time an image of ways to load two MoCo v3 views."""
 
     common: Common = field(default_factory=Common)
-    batch_size: Annotated[int | None, STATED] = None
-    """Images a batch (default: 256 on a GPU, 16 on the CPU)."""
+    batch_size: int | None = None
+    """Images a batch; None: 256 on a GPU, 16 on the CPU."""
     image_size: int = 224
     """Side of the views, in pixels."""
     seconds: float = 1.0

@@ -6,10 +6,9 @@ The trainer's forward and backward pass with `--microbatch`, against the plain o
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ from benchmarks.results import Measurement, Result
 from benchmarks.tables import number
 from dali_pipes import DatasetIndex, ViewLoader
 from trainer import config as configuration
-from trainer.config import STATED, Config, ConfigError
+from trainer.config import Config, ConfigError
 from trainer.engine import build_model
 from trainer.microbatch import check_microbatch
 from trainer.preparation import resolve
@@ -45,10 +44,10 @@ class Microbatch:
     """Images of the step."""
     chunks: tuple[int, ...] = (64, 16)
     """Values of --microbatch to compare with the whole batch."""
-    image_size: Annotated[int | None, STATED] = None
-    """Side of the views, in pixels (default: 224 on a GPU, 64 on the CPU)."""
-    depth: Annotated[int | None, STATED] = None
-    """Blocks of the backbone (default: all on a GPU, 4 on the CPU)."""
+    image_size: int | None = None
+    """Side of the views, in pixels; None: 224 on a GPU, 64 on the CPU."""
+    depth: int | None = None
+    """Blocks of the backbone; None: all on a GPU, 4 on the CPU."""
 
 
 def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progress) -> Result:
@@ -56,7 +55,7 @@ def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progre
     common, cuda = flags.common, device.type == "cuda"
     if common.quick:
         flags = replace(flags, batch_size=8, chunks=(4, 3), image_size=32, depth=1)
-    config = _config(flags, device, progress)
+    config = _config(flags, device, progress.say)
     started, env = now(), environment(device)
     images = first(common.index(progress), flags.batch_size)
     views = _views(config, images, env["cores"])
@@ -89,12 +88,12 @@ def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progre
     )
 
 
-def _config(flags: Microbatch, device: torch.device, progress: Progress) -> Config:
+def _config(flags: Microbatch, device: torch.device, say: Callable[[str], None]) -> Config:
     if flags.preset not in PRESETS:
         raise ConfigError(f"--preset {flags.preset} is not known; choose from: {', '.join(PRESETS)}")
     if not flags.chunks or min(flags.chunks) < 1 or max(flags.chunks) >= flags.batch_size:
         chunks = " ".join(map(str, flags.chunks))
-        raise ConfigError(f"--chunks {chunks}: takes numbers from 1 to below --batch-size {flags.batch_size}")
+        raise ConfigError(f"--chunks {chunks}: takes numbers from 1 to {flags.batch_size - 1}, below --batch-size")
     cuda = device.type == "cuda"
     preset = PRESETS[flags.preset]()
     shortened = None if cuda or not preset.model.arch.startswith("vit_") else 4
@@ -116,7 +115,7 @@ def _config(flags: Microbatch, device: torch.device, progress: Progress) -> Conf
     except ValueError as error:
         raise ConfigError(str(error)) from None
     check_microbatch(config.run.microbatch, config.model.arch, model)
-    return resolve(config, device, progress.say)
+    return resolve(config, device, say)
 
 
 def _views(config: Config, index: DatasetIndex, threads: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ float8 linear layers.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from benchmarks.step import training_config
 from benchmarks.tables import number
 from dali_pipes import DatasetIndex
 from trainer import config as configuration
-from trainer.config import STATED, Config, ConfigError
+from trainer.config import Config, ConfigError
 from trainer.distributed import World
 from trainer.engine import Engine, build_model
 
@@ -48,11 +48,11 @@ class Parity:
 
     common: Common = field(default_factory=Common)
     preset: str = ""
-    """Of train_ddp.py (default: vit-s-300ep on a GPU, demo on the CPU)."""
-    batch_size: Annotated[int | None, STATED] = None
-    """Images a step (default: 256 on a GPU, 32 on the CPU)."""
-    image_size: Annotated[int | None, STATED] = None
-    """Side of the views, in pixels (default: the preset's)."""
+    """Of train_ddp.py; empty: vit-s-300ep on a GPU, demo on the CPU."""
+    batch_size: int | None = None
+    """Images a step; None: 256 on a GPU, 32 on the CPU."""
+    image_size: int | None = None
+    """Side of the views, in pixels; None: the preset's."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "bf16"
     """Of the optimised step."""
     compile: Literal["auto", "on", "off"] = "on"

@@ -68,7 +68,7 @@ def write_pages(flags: Report) -> None:
 
 
 def _is_check(file: Path) -> bool:
-    """gpu_check's file is no result of a benchmark: it holds short forms, whose numbers say little."""
+    """Whether it is gpu_check's file, which holds short forms: their numbers say little."""
     return file.name.startswith("gpu_check")
 
 

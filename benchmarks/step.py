@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ from benchmarks.step_runs import CACHED, LOADER, REAL, REFERENCE, Runs
 from benchmarks.trace import Beside
 from trainer import config as configuration
 from trainer.advice import data_advice
-from trainer.config import STATED, Config, ConfigError
+from trainer.config import Config, ConfigError
 from trainer.engine import build_model
 from trainer.preparation import resolve
 from trainer.presets import PRESETS
@@ -42,17 +42,17 @@ class Step:
 
     common: Common = field(default_factory=Common)
     preset: str = ""
-    """Of train_ddp.py (default: vit-s-300ep on a GPU, demo on the CPU)."""
-    batch_size: Annotated[int | None, STATED] = None
-    """Images a step (default: 256 on a GPU, 32 on the CPU)."""
-    image_size: Annotated[int | None, STATED] = None
-    """Side of the views, in pixels (default: the preset's)."""
+    """Of train_ddp.py; empty: vit-s-300ep on a GPU, demo on the CPU."""
+    batch_size: int | None = None
+    """Images a step; None: 256 on a GPU, 32 on the CPU."""
+    image_size: int | None = None
+    """Side of the views, in pixels; None: the preset's."""
     amp: Literal["auto", "bf16", "fp16", "tf32", "off"] = "auto"
     """As in train_ddp.py."""
     compile: Literal["auto", "on", "off"] = "auto"
     """As in train_ddp.py."""
-    steps: Annotated[int | None, STATED] = None
-    """Steps a round (default: 20 on a GPU, 2 on the CPU)."""
+    steps: int | None = None
+    """Steps a round; None: 20 on a GPU, 2 on the CPU."""
     reference: bool = True
     """Also the step in the manner of the reference release."""
     trace: Path | None = None

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ from benchmarks.step import training_config
 from benchmarks.step_runs import resident_bytes
 from dali_pipes import DatasetIndex
 from trainer import config as configuration
-from trainer.config import STATED, Config, ConfigError
+from trainer.config import Config, ConfigError
 from trainer.distributed import World
 from trainer.engine import Engine, build_model
 
@@ -66,14 +66,14 @@ class Variants:
     common: Common = field(default_factory=Common)
     presets: tuple[str, ...] = PRESETS
     """Of train_ddp.py; a table each."""
-    batch_size: Annotated[int | None, STATED] = None
-    """Images a step (default: 256 on a GPU, 4 on the CPU)."""
-    image_size: Annotated[int | None, STATED] = None
-    """Side of the views, in pixels (default: 224 on a GPU; 32 on the CPU, where the models are smaller, too)."""
+    batch_size: int | None = None
+    """Images a step; None: 256 on a GPU, 4 on the CPU."""
+    image_size: int | None = None
+    """Side of the views, in pixels; None: 224 on a GPU; 32 on the CPU, where the models are smaller, too."""
     compile: Literal["auto", "on", "off"] = "on"
     """The rows that compile; off where there is no compiler."""
-    steps: Annotated[int | None, STATED] = None
-    """Steps a round (default: 20 on a GPU, 1 on the CPU)."""
+    steps: int | None = None
+    """Steps a round; None: 20 on a GPU, 1 on the CPU."""
 
 
 def measure_variants(flags: Variants, device: torch.device, progress: Progress) -> Result:
@@ -95,13 +95,21 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
     for config in configs:
         progress.say(f"{config.model.arch}: building and warming up {len(ROWS) - len(EXPERIMENTS)} steps …")
         with side_by_side():
-            rows = Rows(config, device, first(images, max(len(images), batch)))
+            try:
+                rows = Rows(config, device, first(images, max(len(images), batch)))
+            except torch.OutOfMemoryError:
+                rows = None
+            if rows is None:  # out of the block above, in which the error keeps its memory
+                notes.append(f"{config.model.arch} left out: the GPU has no memory for it; lower --batch-size.")
+                _free(device)
+                continue
             rows.measure(rounds, steps, progress)
             if not common.quick:
                 rows.experiment(rounds, steps, progress)
         measurements += rows.measurements(bound)
         notes += [f"{config.model.arch}: {note}" for note in rows.left_out]
         del rows
+        torch.compiler.reset()  # else it keeps compiled models, and what their CUDA graphs reserved
         _free(device)
     if common.quick:
         notes.append(f"Left out in the short form: {', '.join(EXPERIMENTS)}.")
@@ -141,8 +149,7 @@ def _small(config: Config) -> Config:
 
 
 def _free(device: torch.device) -> None:
-    """Compiled models that nothing refers to any more: they are cycles, and keep what their CUDA graphs reserved."""
-    torch.compiler.reset()
+    """Memory of models that nothing refers to any more: they are cycles."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -194,9 +201,7 @@ class Rows:
         self._steps.pop(name, None)
         self.milliseconds.pop(name, None)
         self.peak_gb.pop(name, None)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free(self.device)
 
     def _add_variant(self, name: str, changes: Changes) -> None:
         if self.config.run.amp != "bf16":
@@ -260,6 +265,7 @@ class Rows:
         *_, (_, changes) = _cumulative()
         for name, added in EXPERIMENTS.items():
             self._steps.clear()
+            torch.compiler.reset()
             _free(self.device)
             reason = self._why_not(name, changes)
             if reason is None:

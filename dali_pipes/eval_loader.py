@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dali_pipes.failures import Salvager
@@ -37,7 +38,7 @@ class EvalLoader:
 
     An image that passed the scan and cannot be used is reported once, by a line to `on_failed`, and left out; with
     `train=True` another one stands in, so that the ranks' batches stay of one size. `failures.tolerated` says how many
-    may fail.
+    may fail on each rank.
 
     Each iteration starts at the beginning of a pass; the last batch may be smaller. With `train=True` call `set_epoch`
     before each pass, as with torch's DistributedSampler: without it every pass is the same.
@@ -75,8 +76,8 @@ class EvalLoader:
         self._plan = EvalPlan(index, resize, crop, train, seed, batch_size, rank, world_size)
         decoder = Decoder.of(index, device, batch_size, jpeg_engine)
         self._stream = Stream(self._plan, device, decoder, "float32", num_threads)
-        instead = "another image stands in" if train else "so it is left out"
-        self._salvager = Salvager(self._stream, self._plan, None, on_failed, instead)
+        consequence = "another image stands in" if train else "so it is left out"
+        self._salvager = Salvager(self._stream, self._plan, on_failed, consequence)
         self._epoch = 0
 
     def __len__(self) -> int:
@@ -84,17 +85,18 @@ class EvalLoader:
         return self._plan.steps
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        epoch, any_left = self._epoch, False
+        epoch, own = self._epoch, None if self._plan.train else self._plan.own(0)
         for step in range(len(self)):
-            taken = self._salvager.take(Position(epoch, step))
-            if taken is None:
-                continue
-            any_left = True
-            rows, (images,) = taken
+            rows, (images,) = self._salvager.take(Position(epoch, step))
+            if own is not None:  # what stands in is for training only
+                place = step * self._plan.batch_size
+                kept = np.flatnonzero(rows == own[place : place + len(rows)])
+                if not len(kept):
+                    continue
+                if len(kept) < len(rows):
+                    rows, images = rows[kept], images[torch.from_numpy(kept).to(images.device)]
             labels = torch.from_numpy(self._index.labels[rows]).to(images.device, non_blocking=True)
             yield EvalBatch(images, labels, torch.from_numpy(rows))
-        if not any_left:
-            raise DatasetError(f"{self._index.tree}: no image of this rank's share can be used")
 
     def set_epoch(self, epoch: int) -> None:
         """The order and the crops of the next pass, with `train=True`; no effect otherwise."""

@@ -15,7 +15,7 @@ from dali_pipes.stream import BrokenBatch, Stream
 
 
 def tolerated(count: int) -> int:
-    """How many of `count` images may go bad before a run stops: a thousandth, and in a small dataset 10.
+    """How many of `count` images may fail before a run stops: a thousandth, and in a small dataset 10.
 
     A thousandth is what a dying disk passes within minutes and what a few damaged sectors never reach. The floor lets
     a run over a few hundred images survive one file, too.
@@ -23,7 +23,7 @@ def tolerated(count: int) -> int:
     return max(10, count // 1000)
 
 
-def gone_bad(index: DatasetIndex, rows: Iterable[int], failure: str) -> dict[int, str]:
+def unusable(index: DatasetIndex, rows: Iterable[int], failure: str) -> dict[int, str]:
     """Of the rows that DALI failed on, those whose files a second look finds unfit, each with "path: reason".
 
     Raises:
@@ -44,28 +44,25 @@ class Salvager:
     Args:
         stream: of the plan.
         plan: of the batches; it says what stands in for what failed.
-        most: images that may fail; None: `tolerated`.
         on_failed: called with one line for each image that is found.
-        instead: what becomes of its place, for the line.
+        consequence: of that, for the line.
+        most: images that may fail (default: `tolerated`).
     """
 
     def __init__(
-        self, stream: Stream, plan: Plan, most: int | None, on_failed: Callable[[str], None], instead: str
+        self, stream: Stream, plan: Plan, on_failed: Callable[[str], None], consequence: str, most: int | None = None
     ) -> None:
-        self._stream, self._plan = stream, plan
+        self._stream, self._plan, self._on_failed, self._consequence = stream, plan, on_failed, consequence
         self._most = tolerated(len(plan.index)) if most is None else most
-        self._on_failed, self._instead = on_failed, instead
 
-    def take(self, position: Position) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]] | None:
-        """The batch of that position, None if none of its rows is left.
-
-        A failure costs a new pipeline and a look at the files, and is rare.
+    def take(self, position: Position) -> tuple[NDArray[np.int64], tuple[torch.Tensor, ...]]:
+        """The batch of that position. A failure costs a new pipeline and a look at the files, and is rare.
 
         Raises:
             DatasetError: too many images failed, or DALI did on good ones.
         """
         retried = False
-        while len(self._plan.rows(position)):
+        while True:
             try:
                 return self._stream.take(position)
             except BrokenBatch as broken:
@@ -73,17 +70,16 @@ class Salvager:
             # Out here, where an error drags neither DALI's traceback nor the broken pipeline along. What was failed
             # before may be among the rows that were read ahead; it is no news, and explains the failure.
             try:
-                bad = gone_bad(self._plan.index, rows, failure)
+                found = unusable(self._plan.index, rows, failure)
             except DatasetError:
                 if retried:
                     raise
                 retried = True  # the disk may have stumbled: once more, before it counts as DALI's own trouble
                 continue
-            for row, reason in bad.items():
+            for row, reason in found.items():
                 if row not in self._plan.failed:
-                    self._on_failed(f"{reason}; it passed the scan and cannot be used, {self._instead}")
+                    self._on_failed(f"{reason}; it passed the scan and cannot be used, {self._consequence}")
                     self.fail({row}, f"the last is {reason}")
-        return None
 
     def fail(self, news: set[int], last: str) -> None:
         """Fail these rows, too; `last` is what is known of one of them.

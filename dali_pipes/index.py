@@ -23,7 +23,7 @@ from dali_pipes.scan_cache import Looks, ScanCache, default_file, joined, split,
 
 Pathlike = str | os.PathLike[str]
 
-BESIDE = "lies beside the class folders; move it into one, or the folders elsewhere"
+BESIDE = "lies beside the class folders and so is of no class; move it into one"
 READERS = 16  # threads: most of the work is waiting for the disk
 
 

@@ -23,7 +23,7 @@ class Listing:
     classes: tuple[str, ...]  # empty: no labels, and 0 in every row
     names: list[str]
     labels: list[int]
-    beside: tuple[str, ...] = ()  # images that are in no class folder, where there are such folders: of no use
+    beside: tuple[str, ...] = ()  # images outside the class folders, where there are such: not used
 
 
 def training_tree(data: Path) -> Path:

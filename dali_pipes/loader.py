@@ -106,7 +106,7 @@ class ViewLoader:
         self._stream = Stream(self._plan, device, decoder, output, num_threads, fused)
         self._index, self._position = index, Position(0, 0)
         self._global_batch = batch_size * world_size
-        self._salvager = Salvager(self._stream, self._plan, max_failed, on_failed, "another image takes its place")
+        self._salvager = Salvager(self._stream, self._plan, on_failed, "another image takes its place", max_failed)
 
     def __len__(self) -> int:
         """Full batches in an epoch, the same for every rank."""
@@ -115,9 +115,7 @@ class ViewLoader:
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._position.epoch
         while self._position.epoch == epoch:
-            taken = self._salvager.take(self._position)
-            assert taken is not None  # what failed was replaced
-            rows, views = taken
+            rows, views = self._salvager.take(self._position)
             # The position moves before the batch is handed over: a state taken in the loop's body goes on behind it.
             self._position = self._plan.after(self._position)
             yield Batch(views, torch.from_numpy(rows))

@@ -133,8 +133,7 @@ class ViewPlan(Plan):
 class EvalPlan(Plan):
     """Evaluation: every image once, the last batch as large as it comes; see `eval_loader.EvalLoader`.
 
-    Failed images leave holes, so that the others stay where they are; in training, where the ranks' batches must be of
-    one size, the first good ones of the epoch stand in.
+    In the places of images that failed stand the first good ones of the rank's share.
     """
 
     def __init__(
@@ -160,26 +159,29 @@ class EvalPlan(Plan):
         return -(-share // self.batch_size)
 
     def share(self, epoch: int) -> NDArray[np.int64]:
-        """All rows of this rank in that pass, in order."""
+        """All rows of this rank in that pass, in order.
+
+        Raises:
+            DatasetError: all of them failed.
+        """
+        share = self.own(epoch)
+        bad = np.isin(share, np.fromiter(self.failed, np.int64, len(self.failed)))
+        if bad.all():
+            raise DatasetError(f"{self.index.tree}: none of the {len(share)} images of rank {self.rank} can be used")
+        share[bad] = np.resize(share[~bad], bad.sum())
+        return share
+
+    def own(self, epoch: int) -> NDArray[np.int64]:
+        """All rows of this rank in that pass, in order, whether they failed or not."""
         if self.train:
             order = epoch_permutation(len(self.index), self.seed, epoch)
-            return self._without_failed(equal_share(order, self.rank, self.world_size))
+            return equal_share(order, self.rank, self.world_size)
         return complete_share(np.arange(len(self.index)), self.rank, self.world_size)
 
     def after(self, position: Position) -> Position:
         """As in any plan; but without training one pass is as the other, so what was read ahead serves the next."""
         following = super().after(position)
-        if self.train:
-            return following
-        following = Position(0, following.step)
-        while following != position and not len(self.rows(following)):
-            following = Position(0, super().after(following).step)
-        return following
-
-    def rows(self, position: Position) -> NDArray[np.int64]:
-        """The rows of the index in that batch; without training none, if all of it failed."""
-        rows = super().rows(position)
-        return rows if self.train else rows[~self._failed_among(rows)]
+        return following if self.train else Position(0, following.step)
 
     def view_arguments(self, view: int, rows: NDArray[np.int64], params: SampleParams) -> Arguments:
         """Crop and flip."""
@@ -188,14 +190,3 @@ class EvalPlan(Plan):
         if not self.train:
             window = Window.of_centre(self.index.heights[rows], self.index.widths[rows], self.resize, spec.size)
         return crop_arguments(window, spec.size) | colour_arguments(params, spec)
-
-    def _without_failed(self, share: NDArray[np.int64]) -> NDArray[np.int64]:
-        bad = self._failed_among(share)
-        good = share[~bad]
-        if not len(good):
-            raise DatasetError(f"none of a rank's {len(share)} images is left, the last {self.index.path(share[-1])}")
-        share[bad] = np.resize(good, bad.sum())
-        return share
-
-    def _failed_among(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return np.isin(rows, np.fromiter(self.failed, np.int64, len(self.failed)))

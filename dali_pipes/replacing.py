@@ -31,9 +31,11 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
             os.fsync(descriptor)
         os.replace(part, file)
         _sync_folder(file.parent)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # what went wrong before is what to report
             os.unlink(part)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # a full disk, in the words of torch's zip writer
         raise
 
 

@@ -143,13 +143,17 @@ class FineTuning:
 
     def _loss(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
         if self.mixup is None or len(images) % 2:  # timm mixes an image with its mirror place in the batch
-            return self.hard(self.forward(images), labels)
+            return self.hard(self._logits(images), labels)
         # timm draws from NumPy's global generator: seeded here, a step's mixture depends on nothing that was before.
         before = np.random.get_state()
         np.random.seed([self.recipe.seed, epoch, step, self.rank])
         images, targets = self.mixup(images.clone(), labels)  # in place, and the batch is the loader's
         np.random.set_state(before)
-        return self.soft(self.forward(images), targets)
+        return self.soft(self._logits(images), targets)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.forward(images)
+        return logits if self.precision is None else logits.float()  # on the CPU autocast would lose bits of the loss
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
@@ -188,7 +192,10 @@ def finetune(
 def _train(tuning: FineTuning, train: CountedLoader, epoch: int) -> Tensor:
     """One epoch; returns the mean loss over all images and ranks, and waits for the device only then."""
     sums = torch.zeros(2, dtype=torch.float64, device=tuning.device)
+    share = tuning.recipe.batch_size // (dist.get_world_size() if dist.is_initialized() else 1)
     for step, batch in enumerate(train):
+        if len(batch.labels) == 1 < share:
+            continue  # every rank's last: a batch norm cannot learn from one image
         loss = tuning.step(batch.images, batch.labels.to(tuning.device), epoch, step, len(train))
         sums[0] += loss * len(batch.labels)
         sums[1] += len(batch.labels)

@@ -66,7 +66,13 @@ def accuracy(
         queries: (Q, F), unit length, with class labels int64 (Q,).
         k: neighbours, at most M are taken.
         temperature: of the vote's weights.
+
+    Raises:
+        FloatingPointError: a feature is not finite; in a bank it would be everybody's nearest neighbour.
     """
+    odd = sum(int((~rows.isfinite().all(1)).sum()) for rows in (bank, queries))
+    if odd:
+        raise FloatingPointError(f"features of {odd} of {len(bank) + len(queries)} images are not finite")
     classes = int(torch.maximum(bank_labels.max(), labels.max())) + 1
     right = 0
     rows = max(1, 2**26 // len(bank))  # so that the similarities of a slice take 256 MiB

@@ -161,7 +161,7 @@ def _timm_model(arch: str, image_size: ImageSize, kwargs: dict[str, Any]) -> Bac
     projection = getattr(getattr(trunk, "patch_embed", None), "proj", None)
     # Patches that overlap, as PVT's, take any size.
     if isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride:
-        check_divisible(arch, image_size, trunk.patch_embed.patch_size)
+        check_divisible(arch, image_size, getattr(trunk.patch_embed, "patch_size", projection.kernel_size[0]))
     family: Family = "vit" if any(map(_has_heads, trunk.modules())) else "resnet"
     return Backbone(Headed(trunk), trunk.head_hidden_size, family)
 

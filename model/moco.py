@@ -48,7 +48,7 @@ class MoCoV3(nn.Module):
         self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
         self.predictor = predictor
         self.normalize = Normalize()
-        self.feature_dim, self.heads = backbone.feature_dim, heads
+        self.feature_dim, self.family, self.heads = backbone.feature_dim, backbone.family, heads
         self.temperature = temperature
         self._backbone: Callable[..., Tensor] = _features
 

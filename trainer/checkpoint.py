@@ -20,6 +20,7 @@ from trainer.config import ConfigError
 FORMAT = 2
 LATEST = "latest"
 _SEAL = b"sha256:"
+_NO_MEMORY = "DefaultCPUAllocator"  # torch names it where it cannot allocate
 _SEAL_SIZE = len(_SEAL) + 64
 _CONTENT: dict[str, type | tuple[type, ...]] = {
     "step": int,
@@ -70,9 +71,8 @@ def save(folder: Path, state: dict[str, Any], keep: int, keep_steps: int | None 
         stale = [old for old in kept[keep:] if not keep_steps or _step_of(old) % keep_steps] if keep else []
         for old in [*later, *stale]:
             old.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{file} could not be written: {cause}") from error
+    except OSError as error:
+        raise OSError(f"{file} could not be written: {error}") from error
     return file
 
 
@@ -118,6 +118,10 @@ def load(file: Path) -> dict[str, Any]:
         raise ConfigError(f"checkpoint {file} is not there") from None
     except (OSError, MemoryError) as error:
         raise UnreadableNow(f"checkpoint {file} cannot be read now: {error or 'out of memory'}; try again") from None
+    except RuntimeError as error:
+        if _NO_MEMORY in str(error):
+            raise UnreadableNow(f"checkpoint {file} cannot be read now: out of memory; try again") from None
+        raise ConfigError(f"checkpoint {file} cannot be read: {_reason(error)}") from None
     except Exception as error:  # whatever bytes are in the file: torch raises many types for what it cannot read
         raise ConfigError(f"checkpoint {file} cannot be read: {_reason(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -15,8 +15,6 @@ class ConfigError(ValueError):
     """A wrong flag or environment: one line that says what, which value, and how to mend it."""
 
 
-# Of a flag whose help says what it is by default, where None or nothing would say nothing.
-STATED = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default})" * (default not in ("None", "")))
 _INTERVAL = r"0*[1-9]\d{0,9}|(?=.*[1-9])\d{1,6}(\.\d{1,6})?min"  # steps or minutes, above 0
 
 
@@ -31,8 +29,8 @@ class Data:
     """Side of the square views, in pixels."""
     crop_min: float = 0.08
     """Lower bound of the crop's share of the image area, both views."""
-    workers: Annotated[int | None, STATED, tyro.conf.arg(aliases=["-j"])] = None
-    """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
+    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    """DALI threads a rank; None: the machine's cores shared among its ranks, at most 16."""
     augment: Literal["auto", "fused", "dali"] = "auto"
     """Who augments after the crop: DALI's operators, or fused kernels on CUDA. The views differ by rounding only.
     auto: as the run began; a new one: fused, dali without CUDA or a C compiler."""
@@ -40,8 +38,8 @@ class Data:
     """On CUDA, decode JPEGs by the GPU's hardware engine where it has one; its pixels may differ from the others'."""
     outside: bool = False
     """Let a list file name images outside of its own folder."""
-    max_failed: Annotated[int | None, STATED] = None
-    """Images that may turn out broken, others standing in, before the run stops (default: 0.1 %, at least 10)."""
+    max_failed: int | None = None
+    """Images that may turn out broken, others standing in, before the run stops; None: 0.1 %, at least 10."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,8 @@ class Optim:
     """Weight decay."""
     warmup_epochs: int = 10
     """Epochs of linear warm-up from 0."""
-    clip_grad: Annotated[float | None, STATED] = None
-    """Scale gradients down to this norm, over all parameters, where theirs is larger (default: never)."""
+    clip_grad: float | None = None
+    """Scale gradients down to this norm, over all parameters, where theirs is larger; None: never."""
     seed: int = 0
     """Of the initial weights, the order of the images and every augmentation."""
 
@@ -139,10 +137,10 @@ class Run:
     """Steps between two reads of the metrics: the only times that the step waits for the device."""
     keep: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
-    keep_every: Annotated[int | None, STATED] = None
-    """Epochs between checkpoints that are kept for good, besides the newest (default: none)."""
-    save_every: Annotated[str | None, STATED] = None
-    """Steps (500) or minutes (30min) between checkpoints, besides those at the end of each epoch (default: none)."""
+    keep_every: int | None = None
+    """Epochs between checkpoints that are kept for good, besides the newest; None: no others."""
+    save_every: str | None = None
+    """Steps (500) or minutes (30min) between checkpoints, besides those at the end of each epoch; None: no others."""
     timeout: int = 1800
     """Seconds that ranks wait for each other before the run ends."""
 

@@ -3,14 +3,18 @@
 import datetime
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
+from dali_pipes import DatasetError
 from trainer.config import ConfigError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,28 @@ def gathered(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """What `work`, in which ranks do not wait for each other, gives on this rank; every rank must call it.
+
+    A rank that gave up alone would leave the others waiting for it in what comes next.
+
+    Raises:
+        DatasetError, torch.OutOfMemoryError: the same on all ranks, if one of them met it.
+    """
+    error: Exception | None = None
+    try:
+        result = work()
+    except (DatasetError, torch.OutOfMemoryError) as met:
+        error = met.with_traceback(None)  # which holds all that `work` had in its hands
+    error = next((each for each in gathered(error) if each is not None), None)
+    if error is None:
+        return result
+    try:
+        raise error
+    finally:
+        del error  # its traceback would hold this frame, and the other way round
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:

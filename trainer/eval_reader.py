@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dali_pipes import DatasetError, DatasetIndex, EvalLoader
+from dali_pipes import DatasetIndex, EvalLoader
 from evaluation import knn
-from trainer.distributed import World, gathered
+from trainer.distributed import World, together
 
 RESIZE, CROP = 256, 224  # the reference's; other image sizes keep the proportion
 
@@ -47,7 +47,7 @@ class EvalReader:
         )
 
     def _report(self, line: str) -> None:
-        if line not in self.failed:  # by another loader
+        if line not in self.failed:  # another loader may have met it
             self.failed.append(line)
             self.warn(line)
 
@@ -64,17 +64,20 @@ class EvalReader:
         The same on every rank, and every rank must call it.
 
         Raises:
-            DatasetError, torch.OutOfMemoryError: the same on all ranks, if one of them met it.
+            DatasetError, torch.OutOfMemoryError, FloatingPointError: the same on all ranks, if one of them met it.
         """
-        shares: list[tuple[Tensor, Tensor]] = []
-        trouble: Exception | None = None
-        try:
+
+        def extracted() -> list[tuple[Tensor, Tensor]]:
+            shares = []
             for index in (bank, queries):
                 with self.loader(index, batch_size) as batches:
                     shares.append(knn.extract(features, batches))
-        except (DatasetError, torch.OutOfMemoryError) as error:
-            trouble = error
-        # A rank that gave up alone would leave the others waiting for its share.
-        if met := [each for each in gathered(trouble) if each is not None]:
-            raise met[0]
-        return knn.accuracy(*knn.gather(*shares[0]), *knn.gather(*shares[1]), **vote)
+            return shares
+
+        shares = together(extracted)
+        width = shares[0][0].shape[1]
+        # As much as the exchange will take at its height: it must not fail half way on one rank alone.
+        together(lambda: torch.empty(3 * (len(bank) + len(queries)), width, device=self.device).numel())
+        whole = [knn.gather(*share) for share in shares]
+        del shares
+        return together(lambda: knn.accuracy(*whole[0], *whole[1], **vote))

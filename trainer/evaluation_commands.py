@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from trainer.config import STATED, ConfigError, check_divisible
+from trainer.config import ConfigError, check_divisible
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Evaluation:
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Autocast of the network; the reference's evaluation has none.
     off: float32, in which torch lets GPUs convolve in TF32."""
-    workers: Annotated[int | None, STATED, tyro.conf.arg(aliases=["-j"])] = None
-    """DALI threads a rank (default: the machine's cores shared among its ranks, at most 16)."""
-    name: Annotated[str | None, STATED] = None
-    """Of the result, RUN/eval/NAME.json (default: the kind of evaluation).
+    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    """DALI threads a rank; None: the machine's cores shared among its ranks, at most 16."""
+    name: str | None = None
+    """Of the result, RUN/eval/NAME.json; None: the kind of evaluation.
     An older one of that name is replaced, if it is of the same --data."""
 
     @property
@@ -64,9 +64,9 @@ class Knn(Evaluation):
 class Linear(Evaluation):
     """Linear probe by the reference's protocol: top-1 and top-5 on val/ after the last and after the best epoch."""
 
-    lr: Annotated[tuple[float, ...], STATED] = ()
+    lr: tuple[float, ...] = ()
     """Base learning rates, x batch size / 256 each, all in one pass.
-    (default: the reference's, 0.1 for convolutional networks and 3 for transformers, and some around it)."""
+    None given: the reference's, 0.1 for convolutional networks and 3 for transformers, and some around it."""
     epochs: int = 90
     """Epochs."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 1024
@@ -78,9 +78,9 @@ class Linear(Evaluation):
     seed: int = 0
     """Of the first head, the order of the images and their crops."""
 
-    def rates(self, heads: str) -> tuple[float, ...]:
-        """The learning rates, defaults filled in; `heads`: of the model, "resnet" for convolutional networks."""
-        return self.lr or ((0.03, 0.1, 0.3, 1.0) if heads == "resnet" else (0.3, 1.0, 3.0, 10.0))
+    def rates(self, family: str) -> tuple[float, ...]:
+        """The learning rates, defaults filled in; `family`: of the backbone, "resnet" for convolutional networks."""
+        return self.lr or ((0.03, 0.1, 0.3, 1.0) if family == "resnet" else (0.3, 1.0, 3.0, 10.0))
 
     def check(self, world_size: int) -> None:  # noqa: D102
         super().check(world_size)
@@ -88,7 +88,8 @@ class Linear(Evaluation):
         for lr in self.lr:
             _check_positive({"--lr": lr})
         check_divisible(self.batch_size, world_size)
-        _check_at_least_0({"--momentum": self.momentum, "--weight-decay": self.weight_decay, "--seed": self.seed})
+        _check_at_least_0({"--momentum": self.momentum, "--weight-decay": self.weight_decay})
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ class Finetune(Evaluation):
     """Alpha of mixup; 0: none."""
     cutmix: float = 1.0
     """Alpha of CutMix; 0: none."""
-    drop_path: Annotated[float | None, STATED] = None
-    """Stochastic depth (default: 0.1, but none for torchvision's ResNets, which have no such thing)."""
+    drop_path: float | None = None
+    """Stochastic depth; None: 0.1, but none for torchvision's ResNets, which have no such thing."""
     seed: int = 0
     """Of the first classifier, the order of the images, their crops and mixing, and of what the network drops."""
 
@@ -127,7 +128,14 @@ class Finetune(Evaluation):
         _check_positive({"--epochs": self.epochs, "--batch-size": self.batch_size, "--lr": self.lr})
         check_divisible(self.batch_size, world_size)
         least = {"--weight-decay": self.weight_decay, "--mixup": self.mixup, "--cutmix": self.cutmix}
-        _check_at_least_0({**least, "--seed": self.seed})
+        _check_at_least_0(least)
+        _check_seed(self.seed)
+        images = self.batch_size // world_size
+        if images % 2 and (self.mixup or self.cutmix):
+            raise ConfigError(
+                f"--batch-size {self.batch_size} is {images} images a rank, and --mixup and --cutmix mix pairs; use "
+                f"{(images + 1) * world_size}, or 0 for both"
+            )
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"--layer-decay {self.layer_decay} is not above 0 and at most 1")
         for flag, share in {"--label-smoothing": self.label_smoothing, "--drop-path": self.drop_path or 0.0}.items():
@@ -148,6 +156,11 @@ def _check_positive(numbers: dict[str, float]) -> None:
     for flag, number in numbers.items():
         if not 0 < number < math.inf:
             raise ConfigError(f"{flag} {number} is not a positive number")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed {seed} is not between 0 and {2**32 - 1}")
 
 
 def _check_at_least_0(numbers: dict[str, float]) -> None:

@@ -64,14 +64,14 @@ class Evaluator:
 
     def _linear(self, command: Linear, train: DatasetIndex, val: DatasetIndex) -> dict[str, Any]:
         schedule = linear.Schedule(command.epochs, command.batch_size, command.momentum, command.weight_decay)
-        lrs = command.rates(self.model.heads)
+        lrs = command.rates(self.model.family)
         heads = linear.Heads(lrs, self.model.feature_dim, len(train.classes), schedule, command.seed, self.device)
         progress = _Progress(self, command.epochs)
         self.say(f"learning rates {', '.join(f'{lr:g}' for lr in lrs)}, each x {command.batch_size} / 256")
         batch = command.batch_size // self.world.size
         with (
             self.reader.loader(train, batch, train=True, seed=command.seed) as images,
-            self.reader.loader(val, EVAL_BATCH) as queries,
+            self.reader.loader(val, min(EVAL_BATCH, batch)) as queries,
         ):
             outcomes = linear.probe(self.features, heads, images, queries, progress)
         for each in outcomes:
@@ -87,7 +87,7 @@ class Evaluator:
         batch = command.batch_size // self.world.size
         with (
             self.reader.loader(train, batch, train=True, seed=command.seed) as images,
-            self.reader.loader(val, EVAL_BATCH) as queries,
+            self.reader.loader(val, min(EVAL_BATCH, batch)) as queries,
         ):
             outcome = finetune.finetune(tuning, images, queries, lambda epoch, accuracy: progress(epoch, [accuracy]))
         self.say(f"tuned  {_in_words(outcome)}")

@@ -119,8 +119,8 @@ def export(run: TrainedRun, out: Path, form: Format) -> dict[str, Any]:
             else:
                 torch.save({"model": weights} if form == "deit" else official_checkpoint(run), stream)
         write_atomically(beside, (json.dumps(about, indent=2) + "\n").encode())
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        raise ConfigError(f"--out {out} cannot be written: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     return about
 
 

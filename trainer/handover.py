@@ -1,4 +1,4 @@
-"""Rank 0 finds out what all ranks act on and the others wait for it: an error is said once and ends all at once."""
+"""Rank 0 finds out what all ranks act on, and the others wait for it; an error is said once and ends all at once."""
 
 import datetime
 import json
@@ -11,6 +11,7 @@ from dali_pipes import DatasetError
 from trainer.config import ConfigError
 
 Found = TypeVar("Found")
+REPORTED = "moco_v3/reported"
 
 
 def lead(
@@ -47,15 +48,21 @@ def follow(store: dist.Store | None, key: str) -> Any:
     return json.loads(store.get(key))
 
 
-def first_says(store: dist.Store | None, say: Callable[[], Any]) -> None:
-    """On the rank that comes first say what ends the start; the others wait for it, as torchrun ends all with one.
+def report_once(store: dist.Store | None, say: Callable[[], Any]) -> int:
+    """Report a fatal error on the first rank that gets here; returns the exit code 2.
 
-    For what one rank meets, or all do. store: see `World.store`, None for a single process.
+    Others that get here wait until it is printed: torchrun ends all ranks with the first that exits.
     """
     if store is None:
         say()
-    elif store.add("moco_v3/saying", 1) == 1:
+    elif store.add("moco_v3/reporting", 1) == 1:
         say()
-        store.set("moco_v3/said", "1")
+        store.set(REPORTED, "1")
     else:
-        store.wait(["moco_v3/said"], datetime.timedelta(minutes=5))
+        store.wait([REPORTED], datetime.timedelta(minutes=5))
+    return 2
+
+
+def reported(store: dist.Store | None) -> bool:
+    """Whether another rank has said by `report_once` why all end."""
+    return store is not None and store.check([REPORTED])

@@ -84,14 +84,14 @@ class Judge:
         except torch.OutOfMemoryError:
             self.display.say("no k-NN accuracy: the features of the whole dataset do not fit into memory")
             return None
-        except DatasetError as error:
+        except (DatasetError, FloatingPointError) as error:
             self.display.say(f"no k-NN accuracy: {error}")
             return None
         finally:
             self.engine.model.train()
 
     @cached_property
-    def _reader(self) -> EvalReader:  # one for all times: it says of an image once that it failed
+    def _reader(self) -> EvalReader:  # one for all evaluations, so that each failed image is reported once
         data, engine = self.engine.config.data, self.engine
         jpeg_engine = data.jpeg_engine == "on"
         return EvalReader(data.image_size, engine.world, engine.device, self.threads, jpeg_engine, self.display.warn)

@@ -227,5 +227,4 @@ def _out_of_memory(start: Start, world: World, device: torch.device, store: dist
         mend = f"a step fits with {fits}" if fits else "no batch fits; use a smaller --arch or --image-size"
         _report(ConfigError(f"--batch-size {config.optim.batch_size}: {device} is out of memory; {mend}"), 2)
 
-    handover.first_says(store, advise)
-    return 2
+    return handover.report_once(store, advise)

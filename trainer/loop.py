@@ -37,9 +37,9 @@ def fit(
     Rank 0 has a `log` and the `saver` of the checkpoints. `judge` is asked at the end of epochs.
 
     Raises:
-        TrainingError: loss or gradients were not finite (see `--on-nan`), too many images went bad over all ranks, or
+        TrainingError: loss or gradients were not finite (see `--on-nan`), too many images failed over all ranks, or
             the last checkpoint could not be written.
-        DatasetError: too many images went bad on this rank.
+        DatasetError: too many images failed on this rank.
     """
     run, batch_size = engine.config.run, engine.config.optim.batch_size
     clock, batches = WaitClock(engine.device), _batches(engine)

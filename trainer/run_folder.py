@@ -33,7 +33,7 @@ class RunFolder:
             raise ConfigError(f"--out {self.path} is a file; name a folder")
         file = self.path / CONFIG
         if not file.exists():
-            if any(entry.name not in (LOCK, STATUS) and entry.suffix != PART for entry in self.path.iterdir()):
+            if not all(_left_by_a_start(entry.name) for entry in self.path.iterdir()):
                 raise ConfigError(f"--out {self.path} is not empty and holds no run; name another folder")
             return None
         try:
@@ -94,3 +94,9 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _left_by_a_start(name: str) -> bool:
+    """Whether a start that was killed before it wrote the configuration leaves such a file."""
+    half = name.endswith(PART) and name.startswith((f"{CONFIG}.", f"{STATUS}."))
+    return half or name in (LOCK, STATUS)

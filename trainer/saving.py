@@ -88,5 +88,13 @@ def _copied(value: Any, before: Any) -> Any:
 def _into(place: Any, value: Tensor) -> Tensor:
     alike = isinstance(place, Tensor) and place.dtype == value.dtype and place.shape == value.shape
     if not alike or place.stride() != value.stride():
-        place = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        place = _beside(value)
     return place.copy_(value, non_blocking=True)
+
+
+def _beside(value: Tensor) -> Tensor:
+    """Memory on the CPU for a tensor: pinned for a GPU's, where the system grants it, or training would wait longer."""
+    try:
+        return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+    except RuntimeError:
+        return torch.empty_like(value, device="cpu")

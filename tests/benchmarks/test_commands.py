@@ -15,6 +15,7 @@ STEP: Any = (step.Step, step.measure_step, step.draw)
 MICROBATCH: Any = (microbatch.Microbatch, microbatch.measure_microbatch, microbatch.draw)
 ABLATION: Any = (ablation.Ablation, ablation.measure_ablation, ablation.draw)
 VARIANTS: Any = (variants.Variants, variants.measure_variants, variants.draw)
+CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--workers", "1", "--batch-size", "2", "--image-size", "32", "--rounds", "2"]
 
 
@@ -114,6 +115,13 @@ def test_chunks_need_less_memory_and_give_the_same(tree, tmp_path, capsys):
         assert value(microbatch.WHOLE, quantity) == 0
 
 
+def test_a_step_that_dies_is_named():
+    config = microbatch._config(microbatch.Microbatch(batch_size=4, chunks=(2,), image_size=32, depth=1), CPU, print)
+    views = torch.zeros(2, 4, 7, 32, 32, dtype=torch.uint8)  # of seven channels
+    with pytest.raises(results.ResultError, match="the step with --microbatch 2 failed: exit code 1"):
+        microbatch.take(config, CPU, views, 2, times=1)
+
+
 def test_variants_may_compile_the_same_model_twice(result_of, monkeypatch):
     pytest.importorskip("torchao.float8", exc_type=ImportError)
 
@@ -172,7 +180,7 @@ def test_an_experiment_that_fails_is_left_out_with_its_reason(result_of, monkeyp
         (LOADER, ["--image-size", "0"], "--image-size"),
         (ABLATION, ["--workers", "-1"], "--workers -1"),
         (MICROBATCH, ["--chunks", "0"], "--chunks 0"),
-        (MICROBATCH, ["--chunks", "8", "--batch-size", "8"], "below --batch-size 8"),
+        (MICROBATCH, ["--chunks", "8", "--batch-size", "8"], "from 1 to 7, below"),
         (MICROBATCH, ["--preset", "r50-100ep"], "batch norm"),
         (STEP, ["--preset", "vit-x"], "vit-x"),
         (STEP, ["--image-size", "33"], "33"),

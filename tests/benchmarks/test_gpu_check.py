@@ -89,7 +89,7 @@ def test_a_training_is_judged_by_its_rows(tmp_path):
     write_metrics(tmp_path, [2.0, 2.5])
     with pytest.raises(ValueError, match="learned nothing"):
         trained(tmp_path, 2, "")
-    write_metrics(tmp_path, [3.0, float("nan")])
+    write_metrics(tmp_path, [3.0, None])  # as JSON has it
     with pytest.raises(ValueError, match="not finite"):
         trained(tmp_path, 2, "")
 
@@ -145,6 +145,7 @@ def test_a_part_that_is_not_there_is_told_before_anything_is_made(capsys, tmp_pa
 
 def call_with(monkeypatch, tmp_path, names, only=(), code="print(1)"):
     """`main` with parts that only print; returns what its file says, by name."""
+    code += "; import time; time.sleep(0.1)"
     chosen = [Part(name, ["-c", code], 30.0, lambda output: {"said": output.strip()}) for name in names]
     monkeypatch.setattr(gpu_check, "parts", lambda flags, scratch: chosen)
     flags = ["--device", "cpu", "--images", "1", "--out", str(tmp_path)]
@@ -154,18 +155,22 @@ def call_with(monkeypatch, tmp_path, names, only=(), code="print(1)"):
 
 
 def test_calls_for_some_parts_share_one_file(monkeypatch, tmp_path):
+    machine = {"hardware": "GPU", "commit": "a", "dirty": False}
     monkeypatch.setattr(gpu_check, "_link", lambda *arguments: None)
     monkeypatch.setattr(gpu_check, "generated", lambda *arguments: None)
-    monkeypatch.setattr(gpu_check, "environment", lambda device: {"hardware": "GPU", "commit": "a", "busy_cores": 0.1})
+    monkeypatch.setattr(gpu_check, "environment", lambda device: {**machine, "busy_cores": 0.1})
     call = partial(call_with, monkeypatch, tmp_path, ["doctor", "loader", "step"])
     assert call(only=["loader"]) == {"loader": "1"}
-    monkeypatch.setattr(gpu_check, "environment", lambda device: {"hardware": "GPU", "commit": "a", "busy_cores": 0.3})
+    monkeypatch.setattr(gpu_check, "environment", lambda device: {**machine, "busy_cores": 0.3})
     found = call(only=["doctor", "loader"], code="print(2)")
     assert found == {"doctor": "2", "loader": "2"}
     assert list(call(only=["step"], code="print(3)").items()) == [("doctor", "2"), ("loader", "2"), ("step", "3")]
     assert call(code="print(4)") == {"doctor": "4", "loader": "4", "step": "4"}
+    # What finds no time leaves what is known.
+    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "-1", "--only", "step"]) == 1
+    assert call(only=["doctor"]) == {"doctor": "1", "loader": "4", "step": "4"}
     # Of other code nothing is kept.
-    monkeypatch.setattr(gpu_check, "environment", lambda device: {"hardware": "GPU", "commit": "b", "busy_cores": 0.1})
+    monkeypatch.setattr(gpu_check, "code", lambda: "other")
     assert call(only=["step"]) == {"step": "1"}
 
 

@@ -147,7 +147,6 @@ def test_a_claimed_size_takes_no_memory(kind, tmp_path):
     code = """
 import resource, sys
 from dali_pipes import DatasetError, DatasetIndex
-from dali_pipes.replacing import _UMASK
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     DatasetIndex.scan(sys.argv[1], level="full")

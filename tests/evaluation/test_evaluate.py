@@ -146,12 +146,41 @@ def test_what_is_no_run_is_refused(refused, tmp_path):
     assert "holds no run" in refused("linear", run=tmp_path)
 
 
-def test_a_run_that_cannot_be_written(refused, trained, monkeypatch):
+def test_a_result_that_could_not_be_written_is_told_before_the_work(refused, trained, monkeypatch):
+    (trained / "eval").mkdir(exist_ok=True)
+    assert f"{'n' * 252}.json cannot be written: File name too long" in refused("knn", "--name", "n" * 252)
+
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    assert f"--run {trained} cannot be written: Read-only file system" in refused("knn")
+    assert f"{trained / 'eval' / 'knn.json'} cannot be written: Read-only file system" in refused("knn")
+
+
+def test_a_result_that_cannot_be_written_in_the_end_is_printed(trained, sample, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("evaluate.write_atomically", full)
+    flags = ["--run", str(trained), "--data", str(sample), "--device", "cpu", "--name", "full"]
+    assert main(["knn", *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.endswith("full.json cannot be written: No space left on device; the result stands above\n")
+    assert "accuracy" in json.loads(printed.out[printed.out.index("{\n") :])
+
+
+def test_a_checkpoint_that_went_while_the_images_were_looked_at(trained, sample, monkeypatch):
+    opened = []
+
+    def opening(folder):
+        run = open_run(folder)
+        opened.append(run.file)
+        return dataclasses.replace(run, file=folder / "gone.pt") if len(opened) == 1 else run
+
+    monkeypatch.setattr("evaluate.open_run", opening)
+    flags = ["--run", str(trained), "--data", str(sample), "--device", "cpu", "--name", "later"]
+    assert main(["knn", *flags]) == 0
+    assert len(opened) == 2
 
 
 def test_a_result_of_other_images_is_not_replaced(evaluate, refused, sample, tmp_path):
@@ -192,20 +221,23 @@ def test_images_broken_inside_are_left_out(trained, broken, capsys):
         assert len(found["failed"]) == 3
 
 
-def test_too_many_broken_images_are_one_line(refused, broken):
+def test_too_many_broken_images_are_one_line(trained, broken, capsys):
     data, _ = broken(train=0, val=11)
-    assert "11 images that passed the scan cannot be used, and at most 10 may fail" in refused(
-        "knn", "--name", "many", data=data
-    )
+    assert main(["knn", "--run", str(trained), "--data", str(data), "--device", "cpu", "--name", "many"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "11 images that passed the scan cannot be used, and at most 10 may fail" in line
+    assert not (trained / "eval" / "many.json").exists()
 
 
 @pytest.mark.slow
-def test_too_many_broken_images_are_one_line_under_torchrun(trained, broken):
-    data, _ = broken(train=0, val=19)
-    process = under_torchrun("knn", "--run", trained, "--data", data, "--device", "cpu")
+@pytest.mark.parametrize("command", ["knn", "linear --epochs 1 --batch-size 16 --lr 1"])
+def test_too_many_broken_images_are_one_line_under_torchrun(command, trained, broken):
+    data, _ = broken(train=24, val=0)  # of 51: more than ten on one of two ranks at least
+    process = under_torchrun(*command.split(), "--run", trained, "--data", data, "--device", "cpu", "--name", "none")
     assert process.returncode != 0
     printed = said(process)
-    assert printed.count("evaluate.py: error: ") == 1
+    assert printed.count("evaluate.py: error: ") == 1, printed
+    assert "11 images that passed the scan cannot be used" in printed
     assert "Traceback" not in printed
 
 
@@ -273,6 +305,8 @@ def test_lists_are_evaluated_as_the_folders_are(trained, evaluate, lists, refuse
         ("finetune --label-smoothing 1", "--label-smoothing 1.0 is not"),
         ("finetune --epochs 3", "--warmup-epochs 5 is not between 0 and --epochs 3"),
         ("finetune --mixup -1", "--mixup -1.0 is not"),
+        ("finetune -b 15", "--batch-size 15 is 15 images a rank, and --mixup and --cutmix mix pairs; use 16"),
+        ("finetune --seed 4294967296", "--seed 4294967296 is not between 0 and 4294967295"),
     ],
 )
 def test_values_that_cannot_work(flags, message, refused):

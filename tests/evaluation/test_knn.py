@@ -65,3 +65,13 @@ def test_ranks_of_unequal_shares_gather_the_whole_set(tmp_path):
     for found, labels in run_on_ranks(gathered, folder=tmp_path):
         assert labels.tolist() == [0, 1, 2, 3, 4]
         torch.testing.assert_close(found, torch.full((5, 12), 12**-0.5))
+
+
+def test_a_feature_that_is_not_finite_is_refused():
+    """In a bank it would be the nearest neighbour of every query, and nothing would tell."""
+    features, labels = torch.nn.functional.normalize(torch.randn(8, 4), dim=1), torch.arange(8) % 2
+    bad = features.clone()
+    bad[3, 1] = torch.nan
+    for bank, queries in ((bad, features), (features, bad)):
+        with pytest.raises(FloatingPointError, match="features of 1 of 16 images are not finite"):
+            accuracy(bank, labels, queries, labels)

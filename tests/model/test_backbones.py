@@ -48,6 +48,7 @@ def transformer_parts(vit, x):
         ("deit_tiny_distilled_patch16_224", 192, "vit"),
         ("dla34", 512, "resnet"),
         ("regnetx_002", 368, "resnet"),
+        ("volo_d1_224", 384, "vit"),
     ],
 )
 def test_features_and_head_of_other_families(arch, dim, family):

@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
+from model import MoCoV3
 from tests.golden.cases import load
 from trainer.config import FREE, Config, ConfigError, disagreements, parse, replace
 from trainer.evaluation_commands import Linear
@@ -176,4 +178,8 @@ def test_a_flag_of_the_references_probe_has_its_default(flag):
 
 def test_the_references_learning_rate_of_the_probe_is_among_ours():
     probe = Linear(run=Path("run"), data=Path("images"))
-    assert load("cli")["main_lincls"]["learning_rate"]["default"] in probe.rates("resnet")
+    rate = load("cli")["main_lincls"]["learning_rate"]["default"]
+    with torch.device("meta"):
+        models = [MoCoV3.build("resnet18", image_size=32, heads="vit"), MoCoV3.build("convnext_atto", image_size=32)]
+    assert all(rate in probe.rates(model.family) for model in models)
+    assert rate not in probe.rates("vit")

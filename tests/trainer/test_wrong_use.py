@@ -108,6 +108,9 @@ def test_out_that_holds_something_else(refused, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     assert "is not empty and holds no run" in refused(out="thesis")
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "film.part").write_text("half, and not ours")
+    assert "is not empty and holds no run" in refused(out="downloads")
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(out="file")
 
