@@ -1,6 +1,5 @@
 """Parts of the graph by themselves, on given images and with given numbers: what equality is measured on."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ from dali_pipes.arguments import (
     saturation_matrix,
 )
 from dali_pipes.gap import Gap
-from dali_pipes.graph import Decoder, decoded
 from dali_pipes.operators import Inputs, Node
 from dali_pipes.reference import adjusted
 from dali_pipes.sampling import SampleParams
@@ -64,20 +62,6 @@ def apply(
 
     outputs = [output.as_cpu() for output in graph().run()]
     return [[np.array(output[i]) for i in range(len(pixels))] for output in outputs]
-
-
-def decode(paths: Sequence[str], device: str = "cpu", jpeg_engine: bool = True) -> list[NDArray[np.uint8]]:
-    """The pixels that the graph's decoder gives for these files; of JPEGs on CUDA, its engine or CUDA itself."""
-
-    @pipeline_def(
-        batch_size=len(paths), num_threads=2, device_id=None if device == "cpu" else 0, prefetch_queue_depth=1
-    )
-    def graph() -> Node:
-        names = [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
-        return decoded(fn.external_source(source=lambda: names, batch=True), 0, Decoder(device != "cpu", jpeg_engine))
-
-    (output,) = graph().run()
-    return [np.array(image) for image in output.as_cpu()]
 
 
 def operator_gaps(

@@ -25,9 +25,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dali_pipes.alone import decode, operator_gaps
+from dali_pipes.alone import operator_gaps
 from dali_pipes.augment import Augment, why_not_fused
 from dali_pipes.gap import Gap
+from dali_pipes.graph import decode
 from dali_pipes.index import DatasetIndex
 from dali_pipes.listing import training_tree
 from dali_pipes.loader import ViewLoader, available

@@ -13,6 +13,8 @@ from dali_pipes.plan import Plan, Position
 from dali_pipes.scan_cache import stamp
 from dali_pipes.stream import BrokenBatch, Stream
 
+_TOGETHER = 16  # images that are decoded at once to find one that cannot be
+
 
 def tolerated(count: int) -> int:
     """How many of `count` images may fail before a run stops: a thousandth, and in a small dataset 10.
@@ -23,8 +25,10 @@ def tolerated(count: int) -> int:
     return max(10, count // 1000)
 
 
-def unusable(index: DatasetIndex, rows: Iterable[int], failure: str) -> dict[int, str]:
-    """Of the rows that DALI failed on, those whose files a second look finds unfit, each with "path: reason".
+def unusable(index: DatasetIndex, rows: Iterable[int], failure: str, stream: Stream) -> dict[int, str]:
+    """Of the rows that the stream's DALI failed on, those whose files are unfit, each with "path: reason".
+
+    Pillow's reasons say more, so it looks first; what it reads DALI may still not, and the other way round.
 
     Raises:
         DatasetError: every file decodes, so that the `failure` is DALI's own trouble.
@@ -32,10 +36,33 @@ def unusable(index: DatasetIndex, rows: Iterable[int], failure: str) -> dict[int
     chosen = sorted({int(row) for row in rows})
     with ThreadPoolExecutor(READERS) as pool:
         reasons = list(pool.map(lambda row: _reason(index, row), chosen))
-    bad = {row: f"{index.path(row)}: {reason}" for row, reason in zip(chosen, reasons, strict=True) if reason}
-    if not bad:
+    found = {row: reason for row, reason in zip(chosen, reasons, strict=True) if reason} or _undecoded(
+        index, chosen, stream
+    )
+    if not found:
         raise DatasetError(f"DALI failed on a batch of readable files, the first {index.path(chosen[0])}: {failure}")
-    return bad
+    return {row: f"{index.path(row)}: {reason}" for row, reason in found.items()}
+
+
+def _undecoded(index: DatasetIndex, rows: list[int], stream: Stream) -> dict[int, str]:
+    """Of these rows, those that DALI fails on, or decodes to another size than was scanned, when they are alone."""
+    found: dict[int, str] = {}
+    for start in range(0, len(rows), _TOGETHER):
+        together = rows[start : start + _TOGETHER]
+        try:
+            sizes = [image.shape[:2] for image in stream.decode([index.path(row) for row in together])]
+        except RuntimeError:
+            if len(together) > 1:
+                for row in together:
+                    found |= _undecoded(index, [row], stream)
+                continue
+            found[together[0]] = "the decoder cannot read it, although Pillow can"
+            continue
+        for row, (height, width) in zip(together, sizes, strict=True):
+            if (width, height) != (index.widths[row], index.heights[row]):
+                scanned = f"{index.widths[row]} x {index.heights[row]}"
+                found[row] = f"decoded to {width} x {height} pixels, and {scanned} when it was scanned"
+    return found
 
 
 class Salvager:
@@ -70,7 +97,7 @@ class Salvager:
             # Out here, where an error drags neither DALI's traceback nor the broken pipeline along. What was failed
             # before may be among the rows that were read ahead; it is no news, and explains the failure.
             try:
-                found = unusable(self._plan.index, rows, failure)
+                found = unusable(self._plan.index, rows, failure, self._stream)
             except DatasetError:
                 if retried:
                     raise
@@ -104,6 +131,6 @@ def _reason(index: DatasetIndex, row: int) -> str:
     if (check.width, check.height) != size:
         return f"another image: {check.width} x {check.height}, and {size[0]} x {size[1]} when it was scanned"
     now, scanned = stamp(path), int(index.file_sizes[row])
-    if now is not None and now[0] < scanned:
+    if now is not None and scanned and now[0] != scanned:
         return f"another image: {now[0]} bytes, and {scanned} when it was scanned"
     return ""

@@ -1,6 +1,7 @@
 """One look at an image file: its size, or why it cannot be used."""
 
 import os
+import stat
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
@@ -11,6 +12,7 @@ Level = Literal["header", "full"]
 # what DALI decodes, by Pillow's name of the type; MPO is a camera's JPEG with a second picture behind it
 _TYPES = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "JPEG2000")
 MOST_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a gigabyte as RGB
+_ORIENTATION = 0x0112  # tag of TIFF and EXIF
 _TAIL = 4096  # bytes in which a JPEG's end marker is looked for; what cameras append is usually less
 
 
@@ -27,6 +29,8 @@ class FileCheck:
 def check_file(path: str, level: Level = "header") -> FileCheck:
     """Whether an image file can be used; never raises for what is wrong with the file."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            return FileCheck(reason="not a file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
@@ -37,6 +41,8 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
                 width, height = image.size
                 if image.format not in _TYPES:
                     return FileCheck(reason=f"{image.format} is not a type that the decoder reads")
+                if reason := _otherwise_decoded(image):
+                    return FileCheck(reason=reason)
                 if width * height > MOST_PIXELS:
                     return FileCheck(reason=f"{width} x {height} is over the limit of {MOST_PIXELS} pixels")
                 if level == "full" or not _ends(file, size, image.format):
@@ -49,6 +55,19 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
         return FileCheck(reason=str(error) or type(error).__name__, passing=getattr(error, "errno", None) is not None)
     return FileCheck(width, height)
+
+
+def _otherwise_decoded(image: Image.Image) -> str:
+    """What makes DALI read an image that Pillow reads with other pixels, or not at all; nothing for most."""
+    if image.format == "TIFF":
+        if image.mode not in ("L", "RGB", "RGBA", "P", "CMYK"):
+            return f"a TIFF of mode {image.mode}, which the decoder reads otherwise or not at all"
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            return "a TIFF that is to be turned, which the decoder does not do"
+    tiles = getattr(image, "tile", None)
+    if image.format == "PPM" and tiles and tiles[0][0] != "raw":
+        return "a PPM or PGM as text or with another largest value than 255, which the decoder reads otherwise"
+    return ""
 
 
 def _ends(file: BinaryIO, size: int, kind: str) -> bool:

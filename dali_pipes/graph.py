@@ -1,11 +1,14 @@
 """The DALI graph: read ▸ decode once ▸ views. It applies parameters and draws nothing: one graph serves any epoch."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
@@ -100,13 +103,16 @@ def build_pipeline(
 def decoded(path: Any, size: Any, decoder: Decoder) -> Any:
     """The images of files, uint8 (height, width, 3) RGB: on the CPU bit for bit what Pillow's convert("RGB") gives.
 
-    size: what each file has at least, bytes; a shorter one is a failure.
+    size: what each file has, bytes, 0 where it is not known; one of another size is a failure.
     """
     # Reading by mmap makes a file that became empty stick: every later batch fails, too.
     encoded = fn.io.file.read(path, dont_use_mmap=True)
-    # All of it. A decoder may take a file that was cut off for a whole one, and leave the rest of the image gray.
-    whole = dali_math.max(encoded.shape(dtype=types.INT32), size)
-    encoded = fn.slice(encoded, start=[0], shape=whole, axes=[0], out_of_bounds_policy="error")
+    # All of it, and the same file. A decoder may take one that was cut off for a whole one, and leave the rest of the
+    # image gray. A slice that begins or ends outside is an error.
+    found = encoded.shape(dtype=types.INT32)
+    start = dali_math.min(size - found, 0) * fn.cast(size > 0, dtype=types.INT32)
+    whole = dali_math.max(found, size)
+    encoded = fn.slice(encoded, start=start, shape=whole, axes=[0], out_of_bounds_policy="error")
     options: dict[str, Any] = {}
     if decoder.on_gpu:
         options["hw_decoder_load"] = 1.0 if decoder.jpeg_engine else 0.0
@@ -119,3 +125,23 @@ def decoded(path: Any, size: Any, decoder: Decoder) -> Any:
         jpeg_fancy_upsampling=True,  # as libjpeg-turbo; off, nvJPEG differs from it by up to 84 levels
         **options,
     )
+
+
+def decode(
+    paths: Sequence[str], device: torch.device | str = "cpu", jpeg_engine: bool = True
+) -> list[NDArray[np.uint8]]:
+    """The pixels that the graph's decoder gives for these files; of JPEGs on CUDA, its engine or CUDA itself.
+
+    Raises:
+        RuntimeError: it fails on one of them.
+    """
+    cuda = torch.device(device).type == "cuda"
+    number = torch.device(device).index or 0
+
+    @pipeline_def(batch_size=len(paths), num_threads=2, device_id=number if cuda else None, prefetch_queue_depth=1)
+    def graph() -> Any:
+        names = [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
+        return decoded(fn.external_source(source=lambda: names, batch=True), 0, Decoder(cuda, jpeg_engine))
+
+    (output,) = graph().run()
+    return [np.array(image) for image in output.as_cpu()]

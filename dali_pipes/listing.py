@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,10 @@ def listing(path: Path, outside: bool = False) -> Listing:
     """
     if not path.exists():
         raise DatasetError(f"{path}: no such folder")
-    found = _tree(path) if path.is_dir() else _list(path, outside)
+    try:
+        found = _tree(path) if path.is_dir() else _list(path, outside)
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
     if not found.names:
         raise DatasetError(f"{path}: no images in it" + (f" (looked for {', '.join(_EXTENSIONS)})" * path.is_dir()))
     return found
@@ -69,12 +72,28 @@ def _tree(root: Path) -> Listing:
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     files = []
     for label, name in enumerate(classes):
-        folders = sorted(os.walk(root / name, followlinks=True))
-        files += [(os.path.relpath(os.path.join(f, n), root), label) for f, _, ns in folders for n in _images(ns)]
+        for folder, found in sorted(_folders(str(root / name))):
+            inside = os.path.relpath(folder, root)
+            files += [(f"{inside}/{image}", label) for image in _images(found)]
     flat = _images(entry.name for entry in os.scandir(root) if not entry.is_dir())
     if files:
         return Listing(root, tuple(classes), [name for name, _ in files], [label for _, label in files], tuple(flat))
     return Listing(root, (), flat, [0] * len(flat))
+
+
+def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from `top` down with the names of its files, links followed but for those that lead back up."""
+    for folder, inner, files in os.walk(top, onerror=_unlisted, followlinks=True):
+        for link in [name for name in inner if os.path.islink(os.path.join(folder, name))]:
+            real, target = os.path.realpath(folder), os.path.realpath(os.path.join(folder, link))
+            if os.path.commonpath([real, target]) == target:
+                inner.remove(link)
+        yield folder, files
+
+
+def _unlisted(error: OSError) -> None:
+    """A folder that is passed over would be a class without images."""
+    raise DatasetError(f"{error.filename}: cannot be listed: {error.strerror}")
 
 
 def _images(names: Iterable[str]) -> list[str]:
@@ -91,6 +110,8 @@ def _list(file: Path, outside: bool) -> Listing:
     # What is no UTF-8 in a name stays as the bytes it is.
     with open(file, encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix("\ufeff")  # which Windows writes
             if not line.strip():
                 continue
             name, label = _entry(line.strip(), f"{file}, line {number}")
@@ -111,8 +132,9 @@ def _list(file: Path, outside: bool) -> Listing:
 
 def _entry(line: str, place: str) -> tuple[str, int | None]:
     labelled = re.fullmatch(r"(.*\S)[ \t]+([0-9]+)", line)  # a name may hold blanks, and a tab stand before the label
-    path, label = (labelled[1], int(labelled[2])) if labelled else (line, None)
-    name = os.path.normpath(path)
-    if label is not None and label >= _MOST_LABELS:
-        raise DatasetError(f"{place}: label {label} is not below {_MOST_LABELS}; number the classes from 0")
-    return name, label
+    if not labelled:
+        return os.path.normpath(line), None
+    digits = labelled[2].lstrip("0")
+    if len(digits) >= len(str(_MOST_LABELS)):
+        raise DatasetError(f"{place}: label {digits[:20]} is not below {_MOST_LABELS}; number the classes from 0")
+    return os.path.normpath(labelled[1]), int(digits or "0")

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dali_pipes.fused import FusedViews
-from dali_pipes.graph import Decoder, build_pipeline
+from dali_pipes.graph import Decoder, build_pipeline, decode
 from dali_pipes.plan import Plan, Position
 from dali_pipes.sampling import SampleParams
 
@@ -103,6 +103,10 @@ class Stream:
         if self._fused is not None:
             return self._fused(images, batch.drawn)
         return tuple(image.permute(0, 3, 1, 2) for image in images)
+
+    def decode(self, paths: Sequence[str]) -> list[NDArray[np.uint8]]:
+        """The pixels of some files by a pipeline of their own, decoded as this one's; RuntimeError if one fails."""
+        return decode(paths, self._device, self._decoder.jpeg_engine)
 
     def close(self) -> None:
         """Free the pipeline, its threads and its memory; tensors that were handed out stay valid."""

@@ -31,6 +31,9 @@ BAD = {
     "gif.jpg": "GIF is not a type",
     "twelve_bit.jpg": "12-bit",
     "header_only.jpg": "truncated",
+    "turned.tif": "a TIFF that is to be turned",
+    "float.tif": "a TIFF of mode F",
+    "dark.ppm": "another largest value than 255",
 }
 
 
@@ -67,6 +70,9 @@ def write_odd_files(folder, photo):
         "gif.jpg": encoded(photo.convert("P"), "GIF"),
         "twelve_bit.jpg": bytes(twelve_bit),
         "header_only.jpg": jpeg[: jpeg.index(b"\xff\xda") + 14],
+        "turned.tif": encoded(photo, "TIFF", exif=exif),
+        "float.tif": encoded(photo.convert("F"), "TIFF"),
+        "dark.ppm": b"P6 4 4 100 " + bytes(range(48)),
     }
     assert files.keys() == {*GOOD, *BAD}
     for name, content in files.items():

@@ -311,3 +311,42 @@ def test_an_index_that_cannot_be_read_says_why(tmp_path):
     (tmp_path / "index.npz").mkdir()
     with pytest.raises(DatasetError, match=r"index\.npz cannot be read: Is a directory"):
         DatasetIndex.load(tmp_path / "index.npz")
+
+
+def test_a_folder_that_cannot_be_listed_is_no_class_without_images(tree, monkeypatch):
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("b/deep"):
+            raise OSError(116, "Stale file handle", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(DatasetError, match="b/deep: cannot be listed: Stale file handle"):
+        DatasetIndex.scan(tree)
+
+
+def test_a_link_back_up_is_not_followed(tree):
+    before = DatasetIndex.scan(tree).names
+    (tree / "a" / "here").symlink_to(".")
+    (tree / "b" / "deep" / "up").symlink_to("../..")
+    assert DatasetIndex.scan(tree).names == before
+
+
+def test_a_pipe_is_not_waited_for(tree):
+    os.mkfifo(tree / "a" / "pipe.jpg")
+    assert (str(tree / "a" / "pipe.jpg"), "not a file") in DatasetIndex.scan(tree).rejected
+
+
+def test_a_list_written_on_windows(tree):
+    (tree / "list.txt").write_bytes(b"\xef\xbb\xbfb/2.jpg 0\r\na/y.jpg 1\r\n")
+    index = DatasetIndex.scan(tree / "list.txt")
+    assert (index.names, index.labels.tolist()) == (["b/2.jpg", "a/y.jpg"], [0, 1])
+
+
+def test_a_label_of_any_length_is_refused_in_a_line(tree):
+    (tree / "list.txt").write_text("b/2.jpg " + "9" * 5000)
+    with pytest.raises(DatasetError, match=f"line 1: label {'9' * 20} is not below 1000000"):
+        DatasetIndex.scan(tree / "list.txt")
+    (tree / "list.txt").write_text("b/2.jpg " + "0" * 5000 + "1")
+    assert DatasetIndex.scan(tree / "list.txt").labels.tolist() == [1]

@@ -5,9 +5,9 @@ import torchvision.transforms as T
 from PIL import ImageFilter
 
 from dali_pipes import MOCO_V2, MOCO_V3, SIMCLR, Recipe, ViewLoader, ViewSpec, multi_crop, sample_params
-from dali_pipes.alone import decode
 from dali_pipes.equality import view_gaps
 from dali_pipes.gap import Gap
+from dali_pipes.graph import decode
 from dali_pipes.reference import ReferenceViews, load_image, reference_view
 from tests.dali_pipes.odd_files import GOOD, write_odd_files
 

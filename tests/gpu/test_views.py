@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dali_pipes import MOCO_V3, DatasetIndex, EvalLoader, ViewLoader, sample_params
-from dali_pipes.alone import decode
 from dali_pipes.augment import why_not_fused
 from dali_pipes.gap import Gap
+from dali_pipes.graph import decode
 from dali_pipes.reference import load_image
 from tests.dali_pipes.test_failures import delete, empty, halve, recompress, truncate, zero
 from tests.dali_pipes.test_fused import normalised
