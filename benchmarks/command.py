@@ -1,11 +1,13 @@
 """How every benchmark runs as a command: parse, measure, write a JSON and a PNG, show a table; or one line of error."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
+import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -13,7 +15,7 @@ from rich.console import Console
 
 from benchmarks import gpu, results, tables
 from benchmarks.environment import busy
-from benchmarks.generated import FOLDER, first, generated
+from benchmarks.generated import FOLDER, generated
 from benchmarks.gpu import GpuSampler
 from benchmarks.progress import Progress
 from benchmarks.results import Result, ResultError
@@ -49,8 +51,11 @@ class Common:
         for flag, value in {"--images": self.images, "--rounds": self.rounds, "--workers": self.workers}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value} is too small; use 1 or more")
-        if self.out.exists() and not self.out.is_dir():
+        folder = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.exists())
+        if not folder.is_dir():
             raise ConfigError(f"--out {self.out} is not a folder")
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"--out {self.out}: {folder} cannot be written")
 
     def index(self, progress: Progress) -> DatasetIndex:
         """The images to measure on."""
@@ -58,7 +63,8 @@ class Common:
             progress.say(f"images: {self.images} generated in {FOLDER}")
             return generated(FOLDER, self.images)
         found = DatasetIndex.scan(training_tree(self.data), outside=self.outside)
-        return first(found, min(self.images, len(found)))
+        count = min(self.images, len(found))
+        return found.at(np.linspace(0, len(found) - 1, count).astype(np.int64))  # of all classes
 
     def chosen_device(self) -> torch.device:
         """The device, with its number."""
@@ -104,10 +110,14 @@ def run(
         return 2
     shared = busy(result.environment)
     result = replace(result, gpu=sampler.summary(), notes=(*result.notes, *([shared] if shared else [])))
-    file = results.write(result, config.common.out)
-    draw(result).savefig(file.with_suffix(".png"), dpi=120)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    tables.show(result, console)
+    tables.show(result, console)  # first, as the disk may be full
     console.print(f"- {gpu.sentence(result.gpu)}", markup=False)
+    try:
+        file = results.write(result, config.common.out)
+        draw(result).savefig(file.with_suffix(".png"), dpi=120)
+    except OSError as error:
+        print(f"benchmarks.{name}: error: {config.common.out} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     console.print(f"{file} and {file.with_suffix('.png').name}", markup=False)
     return 0

@@ -52,7 +52,7 @@ class Step:
     compile: Literal["auto", "on", "off"] = "auto"
     """As in train_ddp.py."""
     steps: int | None = None
-    """Steps a round; None: 20 on a GPU, 2 on the CPU."""
+    """Steps a round; None: 20 on a GPU, 5 on the CPU."""
     reference: bool = True
     """Also the step in the manner of the reference release."""
     trace: Path | None = None
@@ -75,7 +75,8 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
         compile=flags.compile,
     )
     batch = config.optim.batch_size
-    steps = flags.steps or (2 if not cuda else 5 if common.quick else 20)
+    on_gpu, on_cpu = (5, 2) if common.quick else (20, 5)
+    steps = flags.steps or (on_gpu if cuda else on_cpu)
     rounds = 3 if common.quick else common.rounds
     images = common.index(progress)
     threads = common.workers or min(16, env["cores"])

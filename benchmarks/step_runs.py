@@ -25,7 +25,7 @@ from trainer.engine import Engine, build_model
 REAL, CACHED = "step on JPEGs", "step on a cached batch"
 LOADER, REFERENCE = "loader alone", "reference-style step, cached batch"
 LEAST = 1.0  # seconds of a stretch whose energy is told: the card's counter moves about ten times a second
-QUEUE = 3  # batches that the loader may hold ready: taken out before a timed stretch
+QUEUE = 3  # batches that the loader may hold ready
 
 
 class Runs:
@@ -144,7 +144,10 @@ class Runs:
         return estimate(self.milliseconds[kind]).median
 
     def _stretch(self, kind: str, steps: int, warm: int = QUEUE) -> float:
-        """Mean milliseconds of consecutive steps of one kind; where the loader works, after `warm` of its batches."""
+        """Mean milliseconds of consecutive steps of one kind; where the loader works, after `warm` untimed ones.
+
+        They bring its queue to where it is in a long run: full beside a slower step, empty where nothing else is done.
+        """
         if kind in (REAL, CACHED):
             with watched(self.engine, self.clock):
                 return self._timed(self._real if kind == REAL else self._cached, steps, warm * (kind == REAL))
@@ -157,7 +160,7 @@ class Runs:
 
     def _timed(self, step: Callable[[], Any], steps: int, warm: int = 0) -> float:
         for _ in range(warm):
-            next(self.batches)
+            step()
         self.clock.read()
         finish(self.device)
         before, started = self._meter.joules(), time.perf_counter()

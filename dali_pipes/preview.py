@@ -6,6 +6,7 @@ Each image beside its views, which come from the loader that trains, with what w
 the original show what the views see.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def applied(params: SampleParams, i: int) -> str:
 
 
 def _title(cell: Axes, text: str, colour: str = "black") -> None:
-    cell.set_title(text, fontsize=8.5, color=colour, loc="left")
+    shown = os.fsencode(text).decode(errors="replace")  # a file's name may be no UTF-8, and hold a "$"
+    cell.set_title(shown, fontsize=8.5, color=colour, loc="left", parse_math=False)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def build_backbone(arch: str, image_size: ImageSize = 224, overrides: Mapping[st
             return _torchvision_resnet(arch, kwargs)
         if timm.is_model(arch):
             return _timm_model(arch, image_size, kwargs)
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:
         raise ValueError(f"--backbone {kwargs} does not fit --arch {arch}: {error}") from error
     known = [*VISION_TRANSFORMERS, *RESNETS, *timm.list_models()]
     nearest = ", ".join(dict.fromkeys(difflib.get_close_matches(arch, known, n=3, cutoff=0)))

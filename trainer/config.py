@@ -203,8 +203,8 @@ class Config:
             **{f"--{name.replace('_', '-')}": value for name, value in self.model.backbone.items()},
         }
         for flag, value in positive.items():
-            if value is not None and not value > 0:
-                raise ConfigError(f"{flag} {value} is not positive")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{flag} {value} is not positive and finite")
         if self.run.knn_every and not self.run.knn:
             raise ConfigError(f"--knn-every {self.run.knn_every} with --no-knn: leave one of them out")
         if self.run.save_every is not None and not re.fullmatch(_INTERVAL, self.run.save_every):
@@ -218,6 +218,8 @@ class Config:
         for flag, count in counts.items():
             if count < 0:
                 raise ConfigError(f"{flag} {count} is negative; use 0 or more")
+        if self.optim.seed >= 2**62:  # with an epoch added it is to have 64 bits
+            raise ConfigError(f"--seed {self.optim.seed} is too large; use less than 2**62")
         if self.run.dtype == "float64" and self.run.amp not in ("auto", "off"):
             raise ConfigError(f"--dtype float64 with --amp {self.run.amp}: it would have fewer bits; use --amp off")
 

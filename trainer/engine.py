@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -96,7 +97,7 @@ class Engine:
         on_failed: Callable[[str], None] = warnings.warn,  # told of each image that this rank finds bad
     ) -> None:
         self.config, self.device, self.world = config, device, world
-        self.fingerprint, self.threads = index.fingerprint, threads
+        self.fingerprint, self.images, self.threads = index.fingerprint, len(index), threads
         self.loader = ViewLoader(
             index,
             recipe=recipe(config),
@@ -151,6 +152,8 @@ class Engine:
         gradients that are not finite it changes nothing in the model and the optimizer, but counts as a step.
         """
         self._schedule()
+        # What a backbone drops is a function of seed, step and rank, so that a run that goes on drops the same.
+        torch.manual_seed(_mixed(self.config.optim.seed, self.step, self.world.rank))
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.remember()
         outputs = self._forward_backward(views)
@@ -231,6 +234,11 @@ class Engine:
         self.step, self.seconds, self.notes = state["step"], state["seconds"], state["notes"]
         self.watch = Watch(self.world.rank, self.config.run.on_nan)  # what it saw was not of this state
         self.watch.skipped = self.notes.get("skipped_steps", 0)
+
+
+def _mixed(*numbers: int) -> int:
+    """One number from several, as different as a hash for any change of them; below 2^63."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def compile_encoders(model: MoCoV3, **options: Any) -> None:

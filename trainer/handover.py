@@ -56,8 +56,10 @@ def report_once(store: dist.Store | None, say: Callable[[], Any]) -> int:
     if store is None:
         say()
     elif store.add("moco_v3/reporting", 1) == 1:
-        say()
-        store.set(REPORTED, "1")
+        try:
+            say()
+        finally:
+            store.set(REPORTED, "1")
     else:
         store.wait([REPORTED], datetime.timedelta(minutes=5))
     return 2

@@ -4,6 +4,7 @@ import errno
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trainer import checkpoint, handover, resume
 from trainer import config as configuration
 from trainer.config import ConfigError
 from trainer.determinism import make_deterministic
-from trainer.distributed import Votes, World, choose_device, join
+from trainer.distributed import Votes, World, choose_device, join, together
 from trainer.engine import Engine, build_model
 from trainer.heartbeat import Heartbeat
 from trainer.judgement import Judge, conclude, judgeable, read_summary, write_summary
@@ -29,6 +30,8 @@ from trainer.signals import Stopped, StopSignals
 from trainer.status import Status
 
 READY = "moco_v3/start"
+_OF_A_MACHINE = ("data", "out", "resume", "outside", "workers", "device")  # flags that nodes may have their own of
+_RESOLVED = ("amp", "compile", "augment")  # flags of which rank 0 has found out what they come to
 
 
 def run(argv: Sequence[str]) -> int:
@@ -70,7 +73,7 @@ def _run(argv: list[str], world: World) -> int:
     start = None
     # A rank that waits for rank 0's preparation has nothing to finish: there a signal simply ends it.
     if world.rank:
-        start = _follow(argv, store)
+        start = _follow(argv, world, store)
     signals = StopSignals()
     try:
         start = start if world.rank else _lead(argv, world, store, display)
@@ -79,7 +82,6 @@ def _run(argv: list[str], world: World) -> int:
         if start.config.run.deterministic:
             make_deterministic()
         device = choose_device(start.config.run.device, world)
-        join(world, store, device, start.config.run.timeout)
         try:
             return _train(start, world, device, store, display, signals)
         except torch.OutOfMemoryError:
@@ -97,17 +99,22 @@ def _lead(argv: list[str], world: World, store: dist.Store | None, display: Disp
 
 
 def _packed(start: Start) -> dict[str, Any]:
-    run = start.config.run
-    resolved = {"amp": run.amp, "compile": run.compile, "augment": start.config.data.augment}
-    return {"flags": resolved, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
+    flags = {name: value for name, value in start.config.flags().items() if name not in _OF_A_MACHINE}
+    return {"flags": flags, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
 
 
-def _follow(argv: list[str], store: dist.Store | None) -> Start | None:
-    """The other ranks: wait for what rank 0 found; None if it was an error."""
+def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | None:
+    """The other ranks: wait for what rank 0 found, and take its flags; None if it was an error."""
     found = handover.follow(store, READY)
     if found is None:
         return None
-    config = configuration.replace(configuration.parse(argv), **found["flags"])
+    config = configuration.parse(argv)
+    mine, theirs = config.flags(), found["flags"]
+    odd = [name for name in theirs if theirs[name] != mine[name] and name not in _RESOLVED]
+    if odd:
+        phrases = "; ".join(configuration.disagreement(name, theirs[name], mine[name]) for name in odd)
+        print(f"warning: rank {world.rank} takes the flags of rank 0: {phrases}", flush=True)
+    config = configuration.replace(config, **theirs)
     return Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None, gone=found["gone"])
 
 
@@ -115,45 +122,58 @@ def _train(
     start: Start, world: World, device: torch.device, store: dist.Store | None, display: Display, signals: StopSignals
 ) -> int:
     config, out = start.config, start.config.run.out
-    index = DatasetIndex.load(out / TRAIN_INDEX)
-    val = DatasetIndex.load(out / VAL_INDEX) if (out / VAL_INDEX).exists() else None
-    threads = config.data.workers or world.default_threads()
-    engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
-    settle(engine)
-    _load(engine, start, display)
-    judge = Judge(engine, judgeable(config, index, val, world.size, display), threads, display)
-    trees = judge.trees
-    summary = read_summary(out)
-    if (
-        summary is not None
-        and summary["steps"] == engine.step >= engine.last
-        and not (trees and summary["knn_after"] is None)
-    ):
-        display.say(f"{out} is complete")
-        conclude(summary, out, display)
-        _leave()
-        return 0
+    engine: Engine | None = None
+    begun = start.state["step"] if start.state else 0
+    status = Status(out if world.rank == 0 else None, display.warn)
+    # From here on, as what comes before the first step may take minutes, and a machine may be taken away in them, too.
+    with status.during(lambda: engine.step if engine is not None else begun):
+        join(world, store, device, config.run.timeout)
+        index = DatasetIndex.load(out / TRAIN_INDEX)
+        val = DatasetIndex.load(out / VAL_INDEX) if (out / VAL_INDEX).exists() else None
+        threads = config.data.workers or world.default_threads()
+        engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
+        settle(engine)
+        together(partial(_load, engine, start, display))
+        judge = Judge(engine, judgeable(config, index, val, world.size, display), threads, display)
+        finished = _complete(engine, judge) or _train_on(engine, store, display, signals, judge)
+    status.write("finished" if finished else "preempted", engine.step)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def _complete(engine: Engine, judge: Judge) -> bool:
+    """Whether nothing is left to do, which is then said."""
+    out, summary = engine.config.run.out, read_summary(engine.config.run.out)
+    if summary is None or not summary["steps"] == engine.step >= engine.last:
+        return False
+    if judge.trees and summary["knn_after"] is None:
+        return False
+    judge.display.say(f"{out} is complete")
+    conclude(summary, out, judge.display)
+    return True
+
+
+def _train_on(engine: Engine, store: dist.Store | None, display: Display, signals: StopSignals, judge: Judge) -> bool:
+    """Train and judge; False if a signal stopped it before the end."""
+    config, world = engine.config, engine.world
     display.say(
         f"{config.model.arch} ({engine.model.feature_dim} features, {engine.model.heads} heads) "
-        f"on {world.size} x {device.type}, {len(index)} images, batch {config.optim.batch_size}, "
+        f"on {world.size} x {engine.device.type}, {engine.images} images, batch {config.optim.batch_size}, "
         f"augment {config.data.augment}, amp {config.run.amp}, compile {config.run.compile}, "
         f"step {engine.step} of {engine.last}"
     )
-    status = Status(out if world.rank == 0 else None, display.warn)
-    with status.during(lambda: engine.step):
-        if trees and engine.step == 0:
-            engine.notes["knn_before"] = judge.accuracy()
-        with signals.patiently():
-            finished = _fit(engine, store, display, signals, judge)
-        if not finished:
-            display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
-        else:
-            after = judge.accuracy()
-            if world.rank == 0:
-                conclude(write_summary(engine, out, after), out, display)
-    status.write("finished" if finished else "preempted", engine.step)
-    _leave()
-    return 0
+    if judge.trees and engine.step == 0:
+        engine.notes["knn_before"] = judge.accuracy()
+    with signals.patiently():
+        finished = _fit(engine, store, display, signals, judge)
+    if not finished:
+        display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
+        return False
+    after = judge.accuracy()
+    if world.rank == 0:
+        conclude(write_summary(engine, config.run.out, after), config.run.out, display)
+    return True
 
 
 def _load(engine: Engine, start: Start, display: Display) -> None:
@@ -208,11 +228,6 @@ def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: St
             saver.wait()
         if log is not None:
             log.close()
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _out_of_memory(start: Start, world: World, device: torch.device, store: dist.Store | None) -> int:

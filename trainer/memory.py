@@ -33,7 +33,7 @@ def fitting_microbatch(config: Config, world: World, device: torch.device) -> in
 def fitting_batch(config: Config, world: World, device: torch.device) -> int | None:
     """The largest global batch, halving `--batch-size`, of which one step fits on this device; None if none does."""
     microbatch, share = config.run.microbatch, config.optim.batch_size // world.size // 2
-    fits = _largest(share, -(-2 // world.size), lambda share: _step(config, device, share, microbatch))
+    fits = _largest(share, 2, lambda share: _step(config, device, share, microbatch))
     return fits and fits * world.size
 
 

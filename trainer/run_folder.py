@@ -27,8 +27,11 @@ class RunFolder:
         Raises:
             ConfigError: the path is no folder, holds something else than a run, or its configuration is damaged.
         """
-        if not self.path.exists():
-            return None
+        try:
+            if not self.path.exists():
+                return None
+        except OSError as error:
+            raise ConfigError(f"--out {self.path} cannot be used: {error.strerror}; name another folder") from None
         if not self.path.is_dir():
             raise ConfigError(f"--out {self.path} is a file; name a folder")
         file = self.path / CONFIG

@@ -27,11 +27,13 @@ class Saver:
         self._copy: dict[str, Any] = {}  # kept from save to save: pinned memory is slow to get
         self._writer: threading.Thread | None = None
         self._error: OSError | None = None
-        self._last = time.monotonic()
+        self._last, self._said_due = time.monotonic(), False
 
     def due(self) -> bool:
-        """Whether the minutes between two saves are over."""
-        return self._seconds is not None and time.monotonic() - self._last >= self._seconds
+        """Whether the minutes between two saves are over; said once, as the ranks need a step to agree on it."""
+        due = not self._said_due and self._seconds is not None and time.monotonic() - self._last >= self._seconds
+        self._said_due |= due
+        return due
 
     def save(self, state: dict[str, Any]) -> float:
         """Begin to write `state`; returns the seconds for which training had to wait.
@@ -41,7 +43,7 @@ class Saver:
         started = time.monotonic()
         self.wait()
         self._copy = copy_aside(state, self._copy)
-        self._last = time.monotonic()
+        self._last, self._said_due = time.monotonic(), False
         self._writer = threading.Thread(target=self._write, name="checkpoint")
         self._writer.start()
         return self._last - started

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks the run to stop, the second ends the process."""
+"""SIGINT, SIGTERM and SIGHUP: the first asks the run to stop, the second ends the process."""
 
 import os
 import signal
@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when a terminal goes away
+
 
 class Stopped(BaseException):
     """A signal asked to stop where no step has to be finished first."""
 
 
 class StopSignals:
-    """Takes both signals from its making to `close`, in the main thread.
+    """Takes these signals from its making to `close`, in the main thread; not one that is ignored, as by nohup.
 
     Outside of `patiently` the first one raises `Stopped`. Inside it only sets `asked`, for the loop to end after its
     step. A second one, later, ends the process at once, also while it waits inside a collective for a rank that is
@@ -30,7 +32,8 @@ class StopSignals:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(self._read, True)
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in taken}
         self._watch = threading.Thread(target=self._end_at_second, name="signals", daemon=True)
         self._watch.start()
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from benchmarks import ablation, ablation_variants, loader, microbatch, reference_step, results, step, variants
-from benchmarks.command import run
+from benchmarks.command import Common, run
+from benchmarks.progress import Progress
+from dali_pipes import DatasetIndex
 from trainer import engine, preparation
 
 LOADER: Any = (loader.Loader, loader.measure_loaders, loader.draw)
@@ -194,3 +196,23 @@ def test_wrong_use_is_one_line_and_exit_code_2(benchmark, flags, said, tree, tmp
     assert len(errors) == 1
     assert said in errors[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_result_that_cannot_be_written_is_shown_all_the_same(tree, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "write", full)
+    flags = ["--seconds", "0.01", "--no-sweeps", "--data", str(tree), "--out", str(tmp_path)]
+    assert command(LOADER, [*SMALL, *flags]) == 2
+    printed = capsys.readouterr()
+    assert "dali: two views" in printed.out
+    assert f"benchmarks.loader: error: {tmp_path} cannot be written: No space left on device" in printed.err
+    assert command(LOADER, [*SMALL, "--data", str(tree), "--out", "/proc/nowhere"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_some_images_of_a_folder_are_from_all_over_it(tree):
+    everything = DatasetIndex.scan(tree).names
+    found = Common(data=tree, images=3).index(Progress("test"))
+    assert found.names == [everything[0], everything[5], everything[11]]

@@ -1,4 +1,5 @@
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def test_a_list_of_images_elsewhere_needs_to_be_allowed(tmp_path, photos, capsys
         preview.main(tmp_path / "list.txt", tmp_path / "views.png", image_size=32)
     preview.main(tmp_path / "list.txt", tmp_path / "views.png", image_size=32, outside=True)
     assert "2 of 2 images" in capsys.readouterr().out
+
+
+def test_names_of_any_kind(tmp_path, photos):
+    for name in ("cost$s and $.jpg", "caf\udce9.jpg"):
+        shutil.copy(photos.paths[0], tmp_path / name)
+    preview.main(tmp_path, tmp_path / "views.png", image_size=32)
 
 
 def test_titles_say_what_was_applied():

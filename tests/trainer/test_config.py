@@ -1,6 +1,7 @@
 """The command line: presets are the published recipes, and wrong values get one line."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,8 @@ def test_an_unknown_preset_names_the_known_ones():
         ({"moco_m": -0.1}, 1, "--moco-m -0.1 is not between 0 and 1"),
         ({"warmup_epochs": 30, "epochs": 20}, 1, "--warmup-epochs 30 is not between 0 and --epochs 20"),
         ({"moco_t": 0.0}, 1, "--moco-t 0.0 is not positive"),
+        ({"moco_t": math.inf}, 1, "--moco-t inf is not positive and finite"),
+        ({"seed": 2**62}, 1, f"--seed {2**62} is too large"),
         ({"image_size": -1}, 1, "--image-size -1 is not positive"),
         (
             {"arch": "resnet50"},

@@ -126,3 +126,12 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(train, losses, sample, tm
     assert train("--no-knn", "--epochs", 30, "--max-steps", 90, out="whole") == 0
     assert losses() == losses("whole")
     assert checkpoint.newest(tmp_path / "run")[0] == tmp_path / "run" / "checkpoint_00000090.pt"
+
+
+def test_minutes_are_said_to_be_over_once(tmp_path):
+    """The ranks agree a step later; until then it must not be asked for again, or the next step would save as well."""
+    saver = Saver(tmp_path, 0, None, 0.0, pytest.fail)
+    assert [saver.due(), saver.due()] == [True, False]
+    saver.save(state(1))
+    saver.wait()
+    assert [saver.due(), saver.due()] == [True, False]

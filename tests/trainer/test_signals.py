@@ -93,3 +93,28 @@ def test_sigterm_to_torchrun_saves_and_leaves_preempted(start, sample, tmp_path)
     assert found["status"] == "preempted"
     assert f"stopped at step {found['step']} of" in printed
     assert (tmp_path / "run" / "latest").read_text() == f"checkpoint_{found['step']:08d}.pt\n"
+
+
+def test_a_signal_before_the_first_step_is_a_preemption(train, tmp_path, monkeypatch):
+    """A scheduler that found no status would take it for a start that failed, and not queue it again."""
+
+    def settling(engine):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(launch, "settle", settling)
+    assert train("--no-knn") == 0
+    assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["step"]) == ("preempted", 0)
+
+
+def test_a_terminal_that_goes_away_ends_no_run_half_way(train, tmp_path, monkeypatch):
+    fit = launch.fit
+
+    def hung_up(engine, *rest):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return fit(engine, *rest)
+
+    monkeypatch.setattr(launch, "fit", hung_up)
+    assert train("--no-knn") == 0
+    assert status(tmp_path / "run")["status"] == "preempted"
+    assert (tmp_path / "run" / "latest").exists()

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from tests.trainer.conftest import wait_for_row
+from tests.trainer.conftest import ROOT, TINY, wait_for_row
 from trainer import checkpoint
 from trainer.metrics import read_metrics
 
@@ -200,3 +202,35 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(train, tmp_path
     assert "loss or gradients are not finite at step 2" in capsys.readouterr().err
     # The loss was read before anything was saved.
     assert not list((tmp_path / "bad").glob("checkpoint_*.pt"))
+
+
+def test_what_a_backbone_drops_goes_on_as_well(train, losses):
+    """ghostnet has a dropout before its head."""
+    flags = ["--arch", "ghostnet_050", "--embed-dim", None, "--depth", None, "--num-heads", None, "--no-knn"]
+    assert train(*flags, "--max-steps", 4, out="whole") == 0
+    assert train(*flags, "--max-steps", 2) == 0
+    assert train(*flags, "--max-steps", 4) == 0
+    assert losses() == losses("whole")
+
+
+def test_ranks_take_the_flags_of_rank_0(sample, tmp_path, losses, start):
+    """As of a second node whose command line was mistyped; wrapped, as torchrun gives its ranks one command."""
+    wrapper = tmp_path / "mistyped.py"
+    wrapper.write_text(
+        "import os, sys\nfrom trainer import run\n"
+        "sys.exit(run(sys.argv[1:] + ['--lr', '0.5'] * (os.environ['RANK'] == '1')))\n"
+    )
+    flags = [*TINY, "--data", str(sample), "--no-knn", "--max-steps", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, str(wrapper), *flags, "--out", str(tmp_path / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning: rank 1 takes the flags of rank 0: --lr is 0.001 there, 0.5 here" in done.stdout
+    plain = start(*flags[len(TINY) :], "--out", tmp_path / "plain", ranks=2)
+    assert plain.wait(300) == 0
+    assert losses() == losses("plain")

@@ -113,6 +113,7 @@ def test_out_that_holds_something_else(refused, tmp_path):
     assert "is not empty and holds no run" in refused(out="downloads")
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(out="file")
+    assert "cannot be used: File name too long" in refused(out="n" * 300)
 
 
 def test_a_damaged_configuration(train, refused, tmp_path, capsys):
@@ -230,3 +231,7 @@ def test_a_pickle_that_would_run_code_is_named_and_does_not(refused, tmp_path, m
     assert "evil.pth.tar" in line
     assert "posix.system" in line
     assert not (tmp_path / "executed").exists()
+
+
+def test_heads_that_do_not_divide_the_width(refused):
+    assert "num_heads" in refused("--num-heads", 3)
