@@ -101,7 +101,8 @@ def build_pipeline(
 
 
 def decoded(path: Any, size: Any, decoder: Decoder) -> Any:
-    """The images of files, uint8 (height, width, 3) RGB: on the CPU bit for bit what Pillow's convert("RGB") gives.
+    """The images of files, uint8 (height, width, 3) RGB: on the CPU bit for bit what Pillow's convert("RGB") gives, but
+    for 16-bit gray, of which Pillow keeps the lowest values only, and palettes in a TIFF.
 
     size: what each file has, bytes, 0 where it is not known; one of another size is a failure.
     """

@@ -100,7 +100,7 @@ def _lead(argv: list[str], world: World, store: dist.Store | None, display: Disp
 
 def _packed(start: Start) -> dict[str, Any]:
     flags = {name: value for name, value in start.config.flags().items() if name not in _OF_A_MACHINE}
-    return {"flags": flags, "checkpoint": str(start.checkpoint or ""), "gone": start.gone}
+    return {"flags": flags, "checkpoint": str(start.checkpoint or ""), "gone": start.gone, "judged": start.judged}
 
 
 def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | None:
@@ -115,7 +115,8 @@ def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | 
         phrases = "; ".join(configuration.disagreement(name, theirs[name], mine[name]) for name in odd)
         print(f"warning: rank {world.rank} takes the flags of rank 0: {phrases}", flush=True)
     config = configuration.replace(config, **theirs)
-    return Start(config, Path(found["checkpoint"]) if found["checkpoint"] else None, gone=found["gone"])
+    file = Path(found["checkpoint"]) if found["checkpoint"] else None
+    return Start(config, file, gone=found["gone"], judged=found["judged"])
 
 
 def _train(
@@ -129,7 +130,7 @@ def _train(
     with status.during(lambda: engine.step if engine is not None else begun):
         join(world, store, device, config.run.timeout)
         index = DatasetIndex.load(out / TRAIN_INDEX)
-        val = DatasetIndex.load(out / VAL_INDEX) if (out / VAL_INDEX).exists() else None
+        val = DatasetIndex.load(out / VAL_INDEX) if start.judged else None
         threads = config.data.workers or world.default_threads()
         engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
         settle(engine)
@@ -209,9 +210,9 @@ def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: St
         Status(run.out, display.warn).write("failed", engine.step, reason)  # rank 0 may be the one that hangs
 
     heartbeat = Heartbeat(world, store, run.timeout, ended, signals.ask)
-    votes = Votes(run.timeout)
     display.start(engine.step, engine.last)
     try:
+        votes = Votes(run.timeout)
         finished = fit(engine, saver, log, display, votes, signals, heartbeat, judge)
         votes.settle()
         return finished

@@ -40,6 +40,7 @@ class Start:
     checkpoint: Path | None
     state: dict[str, Any] | None = None  # what is in it, where it was read already: on rank 0
     gone: list[int] = field(default_factory=list)  # rows of the index that are known to be bad by now
+    judged: bool = False  # whether there are images to judge features on
     folder: RunFolder | None = None  # rank 0 holds its lock
 
 
@@ -102,6 +103,9 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
             display.say(remark)
 
     if recorded is None:
+        folder.lock()
+        if any(config.run.out.glob("checkpoint_*.pt")):  # which would be replaced
+            raise ConfigError(f"--out {config.run.out}: another process has trained there meanwhile; start once more")
         folder.claim(config, index.fingerprint)
     index.save(config.run.out / TRAIN_INDEX)
     (config.run.out / VAL_INDEX).unlink(missing_ok=True)
@@ -109,7 +113,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
         val.save(config.run.out / VAL_INDEX)
     _report([*index.rejected, *(val.rejected if val is not None else [])], config.run.out / SET_ASIDE, display)
     folder.sweep()
-    return Start(config, file, state, gone, folder)
+    return Start(config, file, state, gone, val is not None, folder)
 
 
 def resolve(

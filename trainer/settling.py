@@ -1,10 +1,9 @@
 """A throw-away first step, after which DDP adds up gradients in one order, in fresh and in resumed processes alike."""
 
-import copy
-
 import torch
 
 from trainer.engine import Engine
+from trainer.saving import copy_aside
 
 VIEWS = 2
 
@@ -18,7 +17,7 @@ def settle(engine: Engine) -> None:
     """
     if engine.world.size == 1 or engine.chunk is not None:  # chunks are added up without DDP, in one order
         return
-    before = copy.deepcopy(engine.state_dict())
+    before = copy_aside(engine.state_dict(), {})  # on the CPU: a batch that fits is to fit here, too
     images, size = engine.config.optim.batch_size // engine.world.size, engine.config.data.image_size
     noise = torch.Generator().manual_seed(engine.world.rank)
     devices = [engine.device] if engine.device.type == "cuda" else []

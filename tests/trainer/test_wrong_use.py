@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import MoCoV3
-from trainer import distributed
+from trainer import distributed, preparation
 from trainer.metrics import MetricsLog
 
 
@@ -235,3 +235,18 @@ def test_a_pickle_that_would_run_code_is_named_and_does_not(refused, tmp_path, m
 
 def test_heads_that_do_not_divide_the_width(refused):
     assert "num_heads" in refused("--num-heads", 3)
+
+
+def test_a_run_that_another_process_made_meanwhile_is_not_replaced(train, capsys, tmp_path, monkeypatch):
+    """The images are looked at for minutes, before the folder is claimed."""
+    scan = preparation._scan
+
+    def beside(*arguments):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "checkpoint_00000300.pt").write_bytes(b"of another process")
+        return scan(*arguments)
+
+    monkeypatch.setattr(preparation, "_scan", beside)
+    assert train() == 2
+    assert "another process has trained there meanwhile" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint_00000300.pt").read_bytes() == b"of another process"
