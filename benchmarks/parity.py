@@ -83,7 +83,8 @@ def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> R
     images = common.index(progress)
     images = first(images, max(len(images), batch))
     epochs = -(-steps // (len(images) // batch))
-    config = configuration.replace(config, epochs=epochs, warmup_epochs=round(WARM_UP_SHARE * epochs))
+    warm_up = max(round(WARM_UP_SHARE * epochs), int(epochs > 1))  # whole epochs, and AdamW needs some
+    config = configuration.replace(config, epochs=epochs, warmup_epochs=warm_up)
     threads = common.workers or min(16, env["cores"])
     with side_by_side():
         curves = train(config, device, images, steps, threads, progress, flags.float8)

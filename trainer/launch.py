@@ -218,6 +218,10 @@ def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: St
         return finished
     except TrainingError:
         raise
+    except DatasetError as error:  # of this rank's images
+        heartbeat.claim()
+        Status(run.out, display.warn).write("failed", engine.step, str(error))
+        raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             heartbeat.report(str(error).splitlines()[0])

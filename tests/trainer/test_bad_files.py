@@ -1,5 +1,6 @@
 """Files that go bad under a running training: it goes on, says so, counts, remembers; and it can be continued."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dali_pipes import DatasetIndex, ViewLoader
-from tests.dali_pipes.odd_files import encoded
+from tests.dali_pipes.odd_files import encoded, picture
 from trainer import checkpoint
 from trainer.engine import Engine
 from trainer.metrics import read_metrics
@@ -149,3 +150,20 @@ def test_two_ranks_share_what_failed(data, start, losses, tmp_path):
         assert failed_in(tmp_path / out) == victims
         assert read_metrics(tmp_path / out)[-1]["failed_images"] == 3
     assert list(losses("two").values()) == pytest.approx(list(losses("one").values()), abs=1e-9, rel=0)
+
+
+def test_a_rank_that_meets_too_many_says_so_alone(start, sample, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    victim = sorted((data / "train").rglob("*.jpg"))[7]
+    content = bytearray(encoded(picture(0), "PNG"))
+    content[len(content) // 2] ^= 0xFF  # inside, where the scan does not look
+    victim.write_bytes(content)
+    process = start("--data", data, "--out", tmp_path / "run", "--no-knn", "--max-failed", 0, "--timeout", 20, ranks=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("train_ddp.py: error: ") == 1, errors
+    assert "no sign of life" not in errors
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert str(victim) in status["reason"]
