@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -83,13 +84,12 @@ def _main(argv: list[str], world: World) -> int:
     try:
         _evaluate(command, run, train, val, world, device)
     except (ConfigError, DatasetError, FloatingPointError) as error:
-        reason = error
-        return handover.report_once(store, lambda: _report(reason))
+        return handover.report_once(store, partial(_report, error))
     except torch.OutOfMemoryError:
         mend = "use --device cpu" if isinstance(command, Knn) else "use a smaller --batch-size"
-        return handover.report_once(store, lambda: _report(ConfigError(f"{device} is out of memory; {mend}")))
+        return handover.report_once(store, partial(_report, ConfigError(f"{device} is out of memory; {mend}")))
     except RuntimeError:
-        if handover.reported(store):  # of a collective whose other end is gone
+        if handover.reported(store):  # another rank has ended, and said why
             return 2
         raise
     if dist.is_initialized():  # not after an error: it may wait for ranks that are stuck

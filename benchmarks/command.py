@@ -64,7 +64,7 @@ class Common:
             return generated(FOLDER, self.images)
         found = DatasetIndex.scan(training_tree(self.data), outside=self.outside)
         count = min(self.images, len(found))
-        return found.at(np.linspace(0, len(found) - 1, count).astype(np.int64))  # of all classes
+        return found.at(np.linspace(0, len(found) - 1, count).astype(np.int64))  # from all over it
 
     def chosen_device(self) -> torch.device:
         """The device, with its number."""

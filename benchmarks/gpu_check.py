@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = environment(device)
     hardware = re.sub(r"[^a-z0-9]+", "_", env["hardware"].lower())
     file = flags.out / f"gpu_check-{hardware}.json"
-    version = code()
-    records = earlier(file, env, version) if flags.only else {}
+    digest = code_digest()
+    records = earlier(file, env, digest) if flags.only else {}
     with tempfile.TemporaryDirectory() as scratch:
         # Made here, so that no part pays for it.
         _link(generated(FOLDER, flags.images), math.prod(TRAINING[flags.device]), Path(scratch, IMAGES))
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if outcome.seconds or part.name not in records:  # it ran
                 records[part.name] = asdict(outcome)
             done = [records[name] for name in names if name in records]
-            record = {"schema": 2, "environment": env, "code": version, "parts": done}
+            record = {"schema": 2, "environment": env, "code": digest, "parts": done}
             # Each time: whoever lends the GPU may end this, too.
             write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
     failed = [o.name for o in outcomes if not o.ok]
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def code() -> str:
+def code_digest() -> str:
     """Of all Python files of this checkout, 16 hexadecimal digits; a lent machine may have no git to ask."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in CODE for file in ROOT.glob(pattern)):
@@ -135,12 +135,12 @@ def code() -> str:
     return digest.hexdigest()[:16]
 
 
-def earlier(file: Path, env: dict[str, Any], now: str) -> dict[str, dict[str, Any]]:
+def earlier(file: Path, env: dict[str, Any], digest: str) -> dict[str, dict[str, Any]]:
     """The parts of a file by their names; none if there is no file, or its machine, versions or code are others."""
     free = {name: env[name] for name in ("busy_cores", "commit", "dirty")}
     try:
         record = json.loads(file.read_text())
-        if {**record["environment"], **free} != env or record["code"] != now:
+        if {**record["environment"], **free} != env or record["code"] != digest:
             return {}
         return {part["name"]: part for part in record["parts"]}
     except (OSError, ValueError, KeyError, TypeError):
@@ -279,7 +279,7 @@ def _run(part: Part, deadline: float) -> Outcome:
     try:
         findings = part.findings(output)
     except Exception as error:  # of what a part left behind: whatever it is, the other parts are to run
-        reason = f"{reason}; {error or type(error)}" if reason else str(error or type(error))
+        reason = "; ".join(filter(None, (reason, str(error) or type(error).__name__)))
     return Outcome(part.name, command, created, not reason, seconds, reason, findings, output[-TAIL:])
 
 

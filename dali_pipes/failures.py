@@ -28,7 +28,7 @@ def tolerated(count: int) -> int:
 def unusable(index: DatasetIndex, rows: Iterable[int], failure: str, stream: Stream) -> dict[int, str]:
     """Of the rows that the stream's DALI failed on, those whose files are unfit, each with "path: reason".
 
-    Pillow's reasons say more, so it looks first; what it reads DALI may still not, and the other way round.
+    Pillow looks first, as its reasons say more; only if it finds nothing wrong DALI decodes them, a few at a time.
 
     Raises:
         DatasetError: every file decodes, so that the `failure` is DALI's own trouble.
@@ -36,32 +36,36 @@ def unusable(index: DatasetIndex, rows: Iterable[int], failure: str, stream: Str
     chosen = sorted({int(row) for row in rows})
     with ThreadPoolExecutor(READERS) as pool:
         reasons = list(pool.map(lambda row: _reason(index, row), chosen))
-    found = {row: reason for row, reason in zip(chosen, reasons, strict=True) if reason} or _undecoded(
-        index, chosen, stream
-    )
+    found = {row: reason for row, reason in zip(chosen, reasons, strict=True) if reason}
+    found = found or _undecoded(index, chosen, stream)
     if not found:
         raise DatasetError(f"DALI failed on a batch of readable files, the first {index.path(chosen[0])}: {failure}")
     return {row: f"{index.path(row)}: {reason}" for row, reason in found.items()}
 
 
 def _undecoded(index: DatasetIndex, rows: list[int], stream: Stream) -> dict[int, str]:
-    """Of these rows, those that DALI fails on, or decodes to another size than was scanned, when they are alone."""
-    found: dict[int, str] = {}
-    for start in range(0, len(rows), _TOGETHER):
-        together = rows[start : start + _TOGETHER]
+    """Of these rows, those that DALI fails on, or decodes to another size than was scanned; found by halving."""
+    if len(rows) <= _TOGETHER:
         try:
-            sizes = [image.shape[:2] for image in stream.decode([index.path(row) for row in together])]
+            images = stream.decode([index.path(row) for row in rows])
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
-            if len(together) > 1:
-                for row in together:
-                    found |= _undecoded(index, [row], stream)
-                continue
-            found[together[0]] = "the decoder cannot read it, although Pillow can"
-            continue
-        for row, (height, width) in zip(together, sizes, strict=True):
-            if (width, height) != (index.widths[row], index.heights[row]):
-                scanned = f"{index.widths[row]} x {index.heights[row]}"
-                found[row] = f"decoded to {width} x {height} pixels, and {scanned} when it was scanned"
+            if len(rows) == 1:
+                return {rows[0]: "the decoder cannot read it, although Pillow can"}
+        else:
+            return _of_another_size(index, rows, images)
+    half = len(rows) // 2
+    return _undecoded(index, rows[:half], stream) | _undecoded(index, rows[half:], stream)
+
+
+def _of_another_size(index: DatasetIndex, rows: list[int], images: list[NDArray[np.uint8]]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for row, image in zip(rows, images, strict=True):
+        height, width, _ = image.shape
+        if (width, height) != (index.widths[row], index.heights[row]):
+            scanned = f"{index.widths[row]} x {index.heights[row]}"
+            found[row] = f"decoded to {width} x {height} pixels, and {scanned} when it was scanned"
     return found
 
 
@@ -72,7 +76,7 @@ class Salvager:
         stream: of the plan.
         plan: of the batches; it says what stands in for what failed.
         on_failed: called with one line for each image that is found.
-        consequence: of that, for the line.
+        consequence: what becomes of its place, for the line.
         most: images that may fail (default: `tolerated`).
     """
 

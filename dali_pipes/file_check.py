@@ -41,7 +41,7 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
                 width, height = image.size
                 if image.format not in _TYPES:
                     return FileCheck(reason=f"{image.format} is not a type that the decoder reads")
-                if reason := _otherwise_decoded(image):
+                if reason := _decoded_differently(image):
                     return FileCheck(reason=reason)
                 if width * height > MOST_PIXELS:
                     return FileCheck(reason=f"{width} x {height} is over the limit of {MOST_PIXELS} pixels")
@@ -57,16 +57,16 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
     return FileCheck(width, height)
 
 
-def _otherwise_decoded(image: Image.Image) -> str:
+def _decoded_differently(image: Image.Image) -> str:
     """What makes DALI read an image that Pillow reads with other pixels, or not at all; nothing for most."""
     if image.format == "TIFF":
-        if image.mode not in ("L", "RGB", "RGBA", "P", "CMYK"):
+        if image.mode not in ("L", "RGB", "RGBA", "CMYK"):
             return f"a TIFF of mode {image.mode}, which the decoder reads otherwise or not at all"
         if image.getexif().get(_ORIENTATION, 1) != 1:
             return "a TIFF that is to be turned, which the decoder does not do"
     tiles = getattr(image, "tile", None)
     if image.format == "PPM" and tiles and tiles[0][0] != "raw":
-        return "a PPM or PGM as text or with another largest value than 255, which the decoder reads otherwise"
+        return "a PPM or PGM as text or of an odd largest value, which the decoder reads otherwise"
     return ""
 
 

@@ -102,9 +102,9 @@ def build_pipeline(
 
 def decoded(path: Any, size: Any, decoder: Decoder) -> Any:
     """The images of files, uint8 (height, width, 3) RGB: on the CPU bit for bit what Pillow's convert("RGB") gives, but
-    for 16-bit gray, of which Pillow keeps the lowest values only, and palettes in a TIFF.
+    for 16-bit gray, which Pillow clips at 255.
 
-    size: what each file has, bytes, 0 where it is not known; one of another size is a failure.
+    size: of each file in bytes, as it was scanned; 0: not known. A file of another size is a failure.
     """
     # Reading by mmap makes a file that became empty stick: every later batch fails, too.
     encoded = fn.io.file.read(path, dont_use_mmap=True)

@@ -29,7 +29,7 @@ class Listing:
 def training_tree(data: Path) -> Path:
     """Where the images of a `--data` are: its train/, if there is one, else itself."""
     train = data / "train"
-    return train if train.is_dir() else data
+    return train if os.path.isdir(train) else data  # which, unlike Path's, never raises
 
 
 def validation_tree(data: Path) -> Path | None:
@@ -57,9 +57,9 @@ def listing(path: Path, outside: bool = False) -> Listing:
     Raises:
         DatasetError: there is nothing there, no image in it, or a line of the list cannot be used.
     """
-    if not path.exists():
-        raise DatasetError(f"{path}: no such folder")
     try:
+        if not path.exists():
+            raise DatasetError(f"{path}: no such folder")
         found = _tree(path) if path.is_dir() else _list(path, outside)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
@@ -69,7 +69,7 @@ def listing(path: Path, outside: bool = False) -> Listing:
 
 
 def _tree(root: Path) -> Listing:
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not _leads_up(str(root), e.name))
     files = []
     for label, name in enumerate(classes):
         for folder, found in sorted(_folders(str(root / name))):
@@ -84,11 +84,17 @@ def _tree(root: Path) -> Listing:
 def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
     """Every folder from `top` down with the names of its files, links followed but for those that lead back up."""
     for folder, inner, files in os.walk(top, onerror=_unlisted, followlinks=True):
-        for link in [name for name in inner if os.path.islink(os.path.join(folder, name))]:
-            real, target = os.path.realpath(folder), os.path.realpath(os.path.join(folder, link))
-            if os.path.commonpath([real, target]) == target:
-                inner.remove(link)
+        inner[:] = [name for name in inner if not _leads_up(folder, name)]
         yield folder, files
+
+
+def _leads_up(folder: str, name: str) -> bool:
+    """Whether it is a link to the folder that it lies in, or to one above that."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    real, target = os.path.realpath(folder), os.path.realpath(path)
+    return os.path.commonpath([real, target]) == target
 
 
 def _unlisted(error: OSError) -> None:

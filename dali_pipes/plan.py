@@ -46,7 +46,7 @@ class Plan(ABC):
         self._epoch, self._share = -1, np.zeros(0, np.int64)
 
     def fail(self, rows: Iterable[int]) -> None:
-        """From now on these are the rows that stand in no batch, as far as the kind of plan replaces them."""
+        """From now on other images stand in for these rows."""
         self.failed = frozenset(rows)
         self._epoch = -1
 

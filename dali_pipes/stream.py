@@ -105,8 +105,18 @@ class Stream:
         return tuple(image.permute(0, 3, 1, 2) for image in images)
 
     def decode(self, paths: Sequence[str]) -> list[NDArray[np.uint8]]:
-        """The pixels of some files by a pipeline of their own, decoded as this one's; RuntimeError if one fails."""
-        return decode(paths, self._device, self._decoder.jpeg_engine)
+        """The pixels of some files, decoded as this stream's by a pipeline of their own.
+
+        Raises:
+            RuntimeError: DALI failed on one of them.
+            torch.OutOfMemoryError: it found too little memory on the device.
+        """
+        try:
+            return decode(paths, self._device, self._decoder.jpeg_engine)
+        except RuntimeError as error:
+            if _NO_MEMORY.search(str(error)):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
 
     def close(self) -> None:
         """Free the pipeline, its threads and its memory; tensors that were handed out stay valid."""

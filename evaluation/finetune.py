@@ -194,7 +194,7 @@ def _train(tuning: FineTuning, train: CountedLoader, epoch: int) -> Tensor:
     sums = torch.zeros(2, dtype=torch.float64, device=tuning.device)
     share = tuning.recipe.batch_size // (dist.get_world_size() if dist.is_initialized() else 1)
     for step, batch in enumerate(train):
-        if len(batch.labels) == 1 < share:
+        if len(batch.labels) == 1 and share > 1 and len(train) > 1:
             continue  # every rank's last: a batch norm cannot learn from one image
         loss = tuning.step(batch.images, batch.labels.to(tuning.device), epoch, step, len(train))
         sums[0] += loss * len(batch.labels)

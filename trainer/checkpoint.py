@@ -118,11 +118,9 @@ def load(file: Path) -> dict[str, Any]:
         raise ConfigError(f"checkpoint {file} is not there") from None
     except (OSError, MemoryError) as error:
         raise UnreadableNow(f"checkpoint {file} cannot be read now: {error or 'out of memory'}; try again") from None
-    except RuntimeError as error:
+    except Exception as error:  # whatever bytes are in the file: torch raises many types for what it cannot read
         if _NO_MEMORY in str(error):
             raise UnreadableNow(f"checkpoint {file} cannot be read now: out of memory; try again") from None
-        raise ConfigError(f"checkpoint {file} cannot be read: {_reason(error)}") from None
-    except Exception as error:  # whatever bytes are in the file: torch raises many types for what it cannot read
         raise ConfigError(f"checkpoint {file} cannot be read: {_reason(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ConfigError(f"{file} is no checkpoint of train_ddp.py (format {FORMAT})")

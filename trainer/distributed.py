@@ -189,12 +189,12 @@ def together(work: Callable[[], Result]) -> Result:
     A rank that gave up alone would leave the others waiting for it in what comes next.
 
     Raises:
-        ConfigError, DatasetError, torch.OutOfMemoryError: the same on all ranks, if one of them met it.
+        ConfigError, DatasetError, FloatingPointError, torch.OutOfMemoryError: the same on all ranks, if one met it.
     """
     error: Exception | None = None
     try:
         result = work()
-    except (ConfigError, DatasetError, torch.OutOfMemoryError) as met:
+    except (ConfigError, DatasetError, FloatingPointError, torch.OutOfMemoryError) as met:
         error = met.with_traceback(None)  # which holds all that `work` had in its hands
     error = next((each for each in gathered(error) if each is not None), None)
     if error is None:

@@ -237,7 +237,7 @@ class Engine:
 
 
 def _mixed(*numbers: int) -> int:
-    """One number from several, as different as a hash for any change of them; below 2^63."""
+    """A hash of several numbers, below 2^63."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

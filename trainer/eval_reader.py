@@ -75,9 +75,9 @@ class EvalReader:
             return shares
 
         shares = together(extracted)
-        width = shares[0][0].shape[1]
-        # As much as the exchange will take at its height: it must not fail half way on one rank alone.
-        together(lambda: torch.empty(3 * (len(bank) + len(queries)), width, device=self.device).numel())
+        if self.world.size > 1:  # as much as the exchange takes at its height: it must not fail on one rank alone
+            width = shares[0][0].shape[1]
+            together(lambda: torch.empty(3 * (len(bank) + len(queries)), width, device=self.device).numel())
         whole = [knn.gather(*share) for share in shares]
         del shares
         return together(lambda: knn.accuracy(*whole[0], *whole[1], **vote))

@@ -80,9 +80,9 @@ class Heartbeat:
         """End the process because of an error of a collective; one rank says which rank is to blame."""
         self._end(error)
 
-    def claim(self) -> None:
-        """Let this rank say why the run ends: the others, who will miss it, need not look for a reason."""
-        self._is_first()
+    def claim(self) -> bool:
+        """Let this rank say why the run ends, unless another does; those who will miss it then look for no reason."""
+        return self._is_first()
 
     def _beat(self) -> None:
         assert self._store is not None

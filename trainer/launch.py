@@ -16,7 +16,7 @@ from trainer import checkpoint, handover, resume
 from trainer import config as configuration
 from trainer.config import ConfigError
 from trainer.determinism import make_deterministic
-from trainer.distributed import Votes, World, choose_device, join, together
+from trainer.distributed import Votes, World, choose_device, gathered, join, together
 from trainer.engine import Engine, build_model
 from trainer.heartbeat import Heartbeat
 from trainer.judgement import Judge, conclude, judgeable, read_summary, write_summary
@@ -30,8 +30,8 @@ from trainer.signals import Stopped, StopSignals
 from trainer.status import Status
 
 READY = "moco_v3/start"
-_OF_A_MACHINE = ("data", "out", "resume", "outside", "workers", "device")  # flags that nodes may have their own of
-_RESOLVED = ("amp", "compile", "augment")  # flags of which rank 0 has found out what they come to
+_NOT_SHARED = ("data", "out", "resume", "outside", "workers", "device")  # flags of one machine, or of rank 0 alone
+_RESOLVED = ("amp", "compile", "augment")  # flags whose "auto" rank 0 has replaced
 
 
 def run(argv: Sequence[str]) -> int:
@@ -99,8 +99,8 @@ def _lead(argv: list[str], world: World, store: dist.Store | None, display: Disp
 
 
 def _packed(start: Start) -> dict[str, Any]:
-    flags = {name: value for name, value in start.config.flags().items() if name not in _OF_A_MACHINE}
-    return {"flags": flags, "checkpoint": str(start.checkpoint or ""), "gone": start.gone, "judged": start.judged}
+    flags = {name: value for name, value in start.config.flags().items() if name not in _NOT_SHARED}
+    return {"flags": flags, "checkpoint": str(start.checkpoint or ""), "gone": start.gone, "has_val": start.has_val}
 
 
 def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | None:
@@ -109,32 +109,33 @@ def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | 
     if found is None:
         return None
     config = configuration.parse(argv)
-    mine, theirs = config.flags(), found["flags"]
-    odd = [name for name in theirs if theirs[name] != mine[name] and name not in _RESOLVED]
-    if odd:
-        phrases = "; ".join(configuration.disagreement(name, theirs[name], mine[name]) for name in odd)
+    own, leading = config.flags(), found["flags"]
+    differing = [name for name in leading if leading[name] != own[name] and name not in _RESOLVED]
+    if differing:
+        phrases = "; ".join(configuration.disagreement(name, leading[name], own[name]) for name in differing)
         print(f"warning: rank {world.rank} takes the flags of rank 0: {phrases}", flush=True)
-    config = configuration.replace(config, **theirs)
+    config = configuration.replace(config, **leading)
     file = Path(found["checkpoint"]) if found["checkpoint"] else None
-    return Start(config, file, gone=found["gone"], judged=found["judged"])
+    return Start(config, file, gone=found["gone"], has_val=found["has_val"])
 
 
 def _train(
     start: Start, world: World, device: torch.device, store: dist.Store | None, display: Display, signals: StopSignals
 ) -> int:
     config, out = start.config, start.config.run.out
-    engine: Engine | None = None
+    trained: Engine | None = None  # once it stands where the run does
     begun = start.state["step"] if start.state else 0
     status = Status(out if world.rank == 0 else None, display.warn)
     # From here on, as what comes before the first step may take minutes, and a machine may be taken away in them, too.
-    with status.during(lambda: engine.step if engine is not None else begun):
+    with status.during(lambda: begun if trained is None else trained.step):
         join(world, store, device, config.run.timeout)
         index = DatasetIndex.load(out / TRAIN_INDEX)
-        val = DatasetIndex.load(out / VAL_INDEX) if start.judged else None
+        val = DatasetIndex.load(out / VAL_INDEX) if start.has_val else None
         threads = config.data.workers or world.default_threads()
         engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
         settle(engine)
         together(partial(_load, engine, start, display))
+        trained = engine
         judge = Judge(engine, judgeable(config, index, val, world.size, display), threads, display)
         finished = _complete(engine, judge) or _train_on(engine, store, display, signals, judge)
     status.write("finished" if finished else "preempted", engine.step)
@@ -145,7 +146,9 @@ def _train(
 
 def _complete(engine: Engine, judge: Judge) -> bool:
     """Whether nothing is left to do, which is then said."""
-    out, summary = engine.config.run.out, read_summary(engine.config.run.out)
+    out = engine.config.run.out
+    # Rank 0's: another node's disk may not show it yet.
+    summary = gathered(read_summary(out) if engine.world.rank == 0 else None)[0]
     if summary is None or not summary["steps"] == engine.step >= engine.last:
         return False
     if judge.trees and summary["knn_after"] is None:
@@ -195,7 +198,10 @@ def _load(engine: Engine, start: Start, display: Display) -> None:
         differ = [f"{name} {before.get(name)}" for name in here if before.get(name) != here[name]]
         if differ:
             display.say(f"checkpoint by {', '.join(differ)}; last digits of losses may differ here")
-    engine.set_aside(start.gone)
+    try:
+        engine.set_aside(start.gone)
+    except DatasetError as error:  # on all ranks, of which one is to say it
+        raise ConfigError(str(error)) from None
 
 
 def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: StopSignals, judge: Judge) -> bool:
@@ -219,8 +225,8 @@ def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: St
     except TrainingError:
         raise
     except DatasetError as error:  # of this rank's images
-        heartbeat.claim()
-        Status(run.out, display.warn).write("failed", engine.step, str(error))
+        if heartbeat.claim():
+            Status(run.out, display.warn).write("failed", engine.step, str(error))
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):

@@ -40,7 +40,7 @@ class Start:
     checkpoint: Path | None
     state: dict[str, Any] | None = None  # what is in it, where it was read already: on rank 0
     gone: list[int] = field(default_factory=list)  # rows of the index that are known to be bad by now
-    judged: bool = False  # whether there are images to judge features on
+    has_val: bool = False  # whether there are images to judge features on
     folder: RunFolder | None = None  # rank 0 holds its lock
 
 

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when a terminal goes away
-
 
 class Stopped(BaseException):
     """A signal asked to stop where no step has to be finished first."""
 
 
 class StopSignals:
-    """Takes these signals from its making to `close`, in the main thread; not one that is ignored, as by nohup.
+    """Takes these signals from its making to `close`, in the main thread; but SIGHUP not under nohup, which ignores it.
 
     Outside of `patiently` the first one raises `Stopped`. Inside it only sets `asked`, for the loop to end after its
     step. A second one, later, ends the process at once, also while it waits inside a collective for a rank that is
@@ -32,7 +30,9 @@ class StopSignals:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(self._read, True)
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        taken = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # when a terminal goes away
+            taken.append(signal.SIGHUP)
         self._before = {number: signal.signal(number, self._ask) for number in taken}
         self._watch = threading.Thread(target=self._end_at_second, name="signals", daemon=True)
         self._watch.start()

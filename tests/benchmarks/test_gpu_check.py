@@ -41,6 +41,7 @@ def test_a_part_that_did_not_do_its_job():
         raise ValueError("it wrote no result")
 
     assert outcome("pass", findings=refuse).reason == "it wrote no result"
+    assert outcome("pass", findings=lambda output: next(iter(()))).reason == "StopIteration"
 
 
 def test_a_part_that_hangs_is_ended_with_its_children():
@@ -170,7 +171,7 @@ def test_calls_for_some_parts_share_one_file(monkeypatch, tmp_path):
     assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "-1", "--only", "step"]) == 1
     assert call(only=["doctor"]) == {"doctor": "1", "loader": "4", "step": "4"}
     # Of other code nothing is kept.
-    monkeypatch.setattr(gpu_check, "code", lambda: "other")
+    monkeypatch.setattr(gpu_check, "code_digest", lambda: "other")
     assert call(only=["step"]) == {"step": "1"}
 
 

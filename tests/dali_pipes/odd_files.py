@@ -33,7 +33,7 @@ BAD = {
     "header_only.jpg": "truncated",
     "turned.tif": "a TIFF that is to be turned",
     "float.tif": "a TIFF of mode F",
-    "dark.ppm": "another largest value than 255",
+    "dark.ppm": "of an odd largest value",
 }
 
 

@@ -329,8 +329,14 @@ def test_a_folder_that_cannot_be_listed_is_no_class_without_images(tree, monkeyp
 def test_a_link_back_up_is_not_followed(tree):
     before = DatasetIndex.scan(tree).names
     (tree / "a" / "here").symlink_to(".")
+    (tree / "again").symlink_to(".")
     (tree / "b" / "deep" / "up").symlink_to("../..")
     assert DatasetIndex.scan(tree).names == before
+
+
+def test_a_name_that_cannot_be(tmp_path):
+    with pytest.raises(DatasetError, match="cannot be read: File name too long"):
+        DatasetIndex.scan(tmp_path / ("n" * 300))
 
 
 def test_a_pipe_is_not_waited_for(tree):

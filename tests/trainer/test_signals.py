@@ -107,7 +107,10 @@ def test_a_signal_before_the_first_step_is_a_preemption(train, tmp_path, monkeyp
     assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["step"]) == ("preempted", 0)
 
 
-def test_a_terminal_that_goes_away_ends_no_run_half_way(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("handler", "became"), [(signal.SIG_DFL, "preempted"), (signal.SIG_IGN, "finished")], ids=["terminal", "nohup"]
+)
+def test_a_terminal_that_goes_away_ends_no_run_half_way(handler, became, train, tmp_path, monkeypatch):
     fit = launch.fit
 
     def hung_up(engine, *rest):
@@ -115,6 +118,10 @@ def test_a_terminal_that_goes_away_ends_no_run_half_way(train, tmp_path, monkeyp
         return fit(engine, *rest)
 
     monkeypatch.setattr(launch, "fit", hung_up)
-    assert train("--no-knn") == 0
-    assert status(tmp_path / "run")["status"] == "preempted"
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert train("--no-knn") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert status(tmp_path / "run")["status"] == became
     assert (tmp_path / "run" / "latest").exists()

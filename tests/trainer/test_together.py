@@ -20,12 +20,12 @@ def one_fails(error):
 
     try:
         return together(work)
-    except (DatasetError, torch.OutOfMemoryError) as met:
+    except (DatasetError, FloatingPointError, torch.OutOfMemoryError) as met:
         dist.barrier()  # which would hang if the ranks disagreed
         return type(met).__name__, str(met)
 
 
-@pytest.mark.parametrize("kind", [DatasetError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("kind", [DatasetError, FloatingPointError, torch.OutOfMemoryError])
 def test_an_error_of_one_rank_is_that_of_all(kind, tmp_path):
     assert run_on_ranks(one_fails, kind("no room"), folder=tmp_path) == [(kind.__name__, "no room")] * 2
 

@@ -228,6 +228,7 @@ def test_ranks_take_the_flags_of_rank_0(sample, tmp_path, losses, start):
         env=environment,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "warning: rank 1 takes the flags of rank 0: --lr is 0.001 there, 0.5 here" in done.stdout
