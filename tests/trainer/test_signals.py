@@ -102,9 +102,11 @@ def test_a_signal_before_the_first_step_is_a_preemption(train, tmp_path, monkeyp
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
+    assert train("--no-knn", "--max-steps", 2) == 0
     monkeypatch.setattr(launch, "settle", settling)
-    assert train("--no-knn") == 0
-    assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["step"]) == ("preempted", 0)
+    for out, step in (("new", 0), ("run", 2)):
+        assert train("--no-knn", out=out) == 0
+        assert (status(tmp_path / out)["status"], status(tmp_path / out)["step"]) == ("preempted", step)
 
 
 @pytest.mark.parametrize(
