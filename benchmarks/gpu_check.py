@@ -191,7 +191,7 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
         short("ablation"),
         Part("GPU tests: training", [*pytest, *others], 300, passed),
         *map(step, larger),
-        # Last: they take longest, for they compile each model for one view, for two and in one pass.
+        # Last: each compiles its model several times over.
         *map(variants, PRESETS),
     ]
 

@@ -29,10 +29,11 @@ class FileCheck:
 def check_file(path: str, level: Level = "header") -> FileCheck:
     """Whether an image file can be used; never raises for what is wrong with the file."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
-            return FileCheck(reason="not a file")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open(path, "rb", opener=_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return FileCheck(reason="not a file")
+            size = status.st_size
             if size == 0:
                 return FileCheck(reason="empty file")
             jpeg = file.read(2) == b"\xff\xd8"
@@ -55,6 +56,11 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
         return FileCheck(reason=str(error) or type(error).__name__, passing=getattr(error, "errno", None) is not None)
     return FileCheck(width, height)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens without waiting for somebody to write, as at a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _decoded_differently(image: Image.Image) -> str:

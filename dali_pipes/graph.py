@@ -111,7 +111,7 @@ def decoded(path: Any, size: Any, decoder: Decoder) -> Any:
     # All of it, and the same file. A decoder may take one that was cut off for a whole one, and leave the rest of the
     # image gray. A slice that begins or ends outside is an error.
     found = encoded.shape(dtype=types.INT32)
-    start = dali_math.min(size - found, 0) * fn.cast(size > 0, dtype=types.INT32)
+    start = dali_math.min(size - found, 0) * (size > 0)
     whole = dali_math.max(found, size)
     encoded = fn.slice(encoded, start=start, shape=whole, axes=[0], out_of_bounds_policy="error")
     options: dict[str, Any] = {}
@@ -136,10 +136,11 @@ def decode(
     Raises:
         RuntimeError: it fails on one of them.
     """
-    cuda = torch.device(device).type == "cuda"
-    number = torch.device(device).index or 0
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    number = (device.index or 0) if cuda else None
 
-    @pipeline_def(batch_size=len(paths), num_threads=2, device_id=number if cuda else None, prefetch_queue_depth=1)
+    @pipeline_def(batch_size=len(paths), num_threads=2, device_id=number, prefetch_queue_depth=1)
     def graph() -> Any:
         names = [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
         return decoded(fn.external_source(source=lambda: names, batch=True), 0, Decoder(cuda, jpeg_engine))

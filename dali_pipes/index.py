@@ -23,7 +23,7 @@ from dali_pipes.scan_cache import Looks, ScanCache, default_file, joined, split,
 
 Pathlike = str | os.PathLike[str]
 
-BESIDE = "lies beside the class folders and so is of no class; move it into one"
+_BESIDE = "lies beside the class folders and so is of no class; move it into one"
 READERS = 16  # threads: most of the work is waiting for the disk
 
 
@@ -102,7 +102,7 @@ class DatasetIndex:
         if not good:
             path, reason = rejected[0]
             raise DatasetError(f"{tree}: none of {len(looks)} images can be read; {path}: {reason}")
-        rejected += [(os.path.join(found.root, name), BESIDE) for name in found.beside]
+        rejected += [(os.path.join(found.root, name), _BESIDE) for name in found.beside]
         return cls(
             tree=found.root,
             names=[found.names[row] for row in good],

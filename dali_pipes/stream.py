@@ -2,7 +2,8 @@
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,22 +75,20 @@ class Stream:
         if not under_way:
             self._feed.next = position
         if self._pipeline is None:
-            try:
+            with _memory_told():  # the decoder sets memory aside
                 self._pipeline = self._build()
-            except RuntimeError as error:  # none of an image's; the decoder sets memory aside
-                if _NO_MEMORY.search(str(error)):
-                    raise torch.OutOfMemoryError(str(error)) from None
-                raise
         try:
-            self._run_ahead()
-            outputs = self._outputs()
-            batch = under_way.popleft()
-            self._run_ahead()
+            with _memory_told():
+                self._run_ahead()
+                outputs = self._outputs()
+                batch = under_way.popleft()
+                self._run_ahead()
+        except torch.OutOfMemoryError:
+            self.close()
+            raise
         except RuntimeError as error:
             ahead = [batch.rows for batch in under_way]
             self.close()
-            if _NO_MEMORY.search(str(error)):
-                raise torch.OutOfMemoryError(str(error)) from None
             raise BrokenBatch(np.concatenate([self._plan.rows(position), *ahead]), str(error)) from None
         except BaseException:  # a Ctrl-C between feeding and running: the account no longer holds
             self.close()
@@ -111,12 +110,8 @@ class Stream:
             RuntimeError: DALI failed on one of them.
             torch.OutOfMemoryError: it found too little memory on the device.
         """
-        try:
+        with _memory_told():
             return decode(paths, self._device, self._decoder.jpeg_engine)
-        except RuntimeError as error:
-            if _NO_MEMORY.search(str(error)):
-                raise torch.OutOfMemoryError(str(error)) from None
-            raise
 
     def close(self) -> None:
         """Free the pipeline, its threads and its memory; tensors that were handed out stay valid."""
@@ -163,6 +158,17 @@ class Stream:
                 self._feed.under_way.popleft()
         except RuntimeError:  # of a batch that nobody wants: no news, but the pipeline is gone
             self.close()
+
+
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    """Raises torch.OutOfMemoryError for what DALI has words only."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _NO_MEMORY.search(str(error)):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 class _Feed:

@@ -130,6 +130,10 @@ class Engine:
         self.optimizer = build_optimizer(config, self.model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16")
+        # Themselves, as torch.manual_seed looks for every kind of device and takes a tenth of a millisecond.
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index])
         self.guard = Guard(self.model)
         self.watch = Watch(world.rank, config.run.on_nan)
         share = config.optim.batch_size // world.size
@@ -153,7 +157,8 @@ class Engine:
         """
         self._schedule()
         # What a backbone drops is a function of seed, step and rank, so that a run that goes on drops the same.
-        torch.manual_seed(_mixed(self.config.optim.seed, self.step, self.world.rank))
+        for generator in self._generators:
+            generator.manual_seed(_mixed(self.config.optim.seed, self.step, self.world.rank))
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.remember()
         outputs = self._forward_backward(views)

@@ -89,3 +89,10 @@ def picture(seed, height=48, width=64):
     """A small image that compresses as photographs do, and is like no other."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def broken_inside(seed):
+    """A PNG that nothing can decode, with its damage where a scan does not look."""
+    content = bytearray(encoded(picture(seed), "PNG"))
+    content[len(content) // 2] ^= 0xFF
+    return bytes(content)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from timm.layers import DropPath
 
-from dali_pipes import DatasetIndex
 from evaluate import main
-from tests.dali_pipes.odd_files import encoded, picture
+from tests.dali_pipes.odd_files import broken_inside
+from tests.trainer.conftest import write_lists
 from trainer.config import ConfigError, replace
 from trainer.evaluation_commands import Finetune
 from trainer.evaluator import tunable
@@ -200,9 +200,7 @@ def broken(sample, tmp_path):
         shutil.copytree(sample, data)
         files = [*sorted((data / "train").rglob("*.jpg"))[:train], *sorted((data / "val").rglob("*.jpg"))[:val]]
         for seed, file in enumerate(files):
-            content = bytearray(encoded(picture(seed), "PNG"))
-            content[len(content) // 2] ^= 0xFF
-            file.write_bytes(content)
+            file.write_bytes(broken_inside(seed))
         return data, files
 
     return call
@@ -259,19 +257,10 @@ def test_data_that_cannot_be_evaluated_on(refused, sample, tmp_path):
     assert "has no val/" in refused("knn", data=tmp_path / "data")
 
 
-@pytest.fixture
-def lists(sample, tmp_path):
-    """The sample's images as train.txt and val.txt in another folder, which names them outside of it."""
-    for part in ("train", "val"):
-        index = DatasetIndex.scan(sample / part)
-        lines = [f"{path} {label}\n" for path, label in zip(index.paths, index.labels.tolist(), strict=True)]
-        (tmp_path / f"{part}.txt").write_text("".join(lines))
-    return tmp_path
-
-
-def test_lists_are_evaluated_as_the_folders_are(trained, evaluate, lists, refused):
+def test_lists_are_evaluated_as_the_folders_are(trained, sample, evaluate, tmp_path, refused):
+    write_lists(sample, tmp_path)
     folders = evaluate("knn", "--device", "cpu", "--name", "folders", name="folders")
-    train, val = lists / "train.txt", lists / "val.txt"
+    train, val = tmp_path / "train.txt", tmp_path / "val.txt"
     flags = ["knn", "--run", str(trained), "--device", "cpu", "--name", "lists", "--data", str(train), "--outside"]
     assert main(flags) == 0
     found = json.loads((trained / "eval" / "lists.json").read_text())

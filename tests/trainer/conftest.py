@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dali_pipes import DatasetIndex
 from dali_pipes.synthetic import generate
 from trainer import run
 from trainer.metrics import read_metrics
@@ -27,6 +28,14 @@ def sample(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sample"
     generate(folder, seed=0, train_per_class=5, val_per_class=2)
     return folder
+
+
+def write_lists(data, folder):
+    """The images of `data` as train.txt and val.txt in a folder, which name them outside of it."""
+    for part in ("train", "val"):
+        index = DatasetIndex.scan(data / part)
+        lines = [f"{path} {label}\n" for path, label in zip(index.paths, index.labels.tolist(), strict=True)]
+        (folder / f"{part}.txt").write_text("".join(lines))
 
 
 @pytest.fixture

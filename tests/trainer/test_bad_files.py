@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dali_pipes import DatasetIndex, ViewLoader
-from tests.dali_pipes.odd_files import encoded, picture
+from tests.dali_pipes.odd_files import broken_inside, encoded
 from trainer import checkpoint
 from trainer.engine import Engine
 from trainer.metrics import read_metrics
@@ -156,9 +156,7 @@ def test_a_rank_that_meets_too_many_says_so_alone(start, sample, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(sample, data)
     victim = sorted((data / "train").rglob("*.jpg"))[7]
-    content = bytearray(encoded(picture(0), "PNG"))
-    content[len(content) // 2] ^= 0xFF  # inside, where the scan does not look
-    victim.write_bytes(content)
+    victim.write_bytes(broken_inside(0))
     process = start("--data", data, "--out", tmp_path / "run", "--no-knn", "--max-failed", 0, "--timeout", 20, ranks=2)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from dali_pipes import DatasetIndex
-from tests.dali_pipes.odd_files import encoded, picture
+from tests.dali_pipes.odd_files import broken_inside
+from tests.trainer.conftest import write_lists
 from trainer import checkpoint
 from trainer.metrics import read_metrics
 
@@ -54,10 +54,7 @@ def test_without_val_it_trains_on(train, sample, tmp_path):
 
 
 def test_a_list_is_judged_on_the_list_beside_it(train, losses, sample, tmp_path):
-    for part in ("train", "val"):
-        index = DatasetIndex.scan(sample / part)
-        lines = [f"{path} {label}\n" for path, label in zip(index.paths, index.labels.tolist(), strict=True)]
-        (tmp_path / f"{part}.txt").write_text("".join(lines))
+    write_lists(sample, tmp_path)
     assert train("--knn-every", 1, out="folders") == 0
     assert train("--knn-every", 1, "--data", tmp_path / "train.txt", "--outside", out="lists") == 0
     assert losses("lists") == losses("folders")
@@ -69,9 +66,7 @@ def test_images_that_cannot_be_used_do_not_cost_the_accuracy(train, sample, tmp_
     shutil.copytree(sample, data)
     bad = [sorted((data / part).rglob("*.jpg"))[3] for part in ("train", "val")]
     for seed, file in enumerate(bad):
-        content = bytearray(encoded(picture(seed), "PNG"))
-        content[len(content) // 2] ^= 0xFF  # inside, where the scan does not look
-        file.write_bytes(content)
+        file.write_bytes(broken_inside(seed))
     assert train("--data", data, "--knn-every", 1) == 0
     printed = capsys.readouterr().out
     assert list(accuracies(tmp_path / "run")) == [3, 6, 9]
