@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dali_pipes import DatasetIndex, EvalLoader
 from evaluation import knn
+from trainer.config import Data
 from trainer.distributed import World, together
 
 RESIZE, CROP = 256, 224  # the reference's; other image sizes keep the proportion
@@ -20,11 +21,10 @@ RESIZE, CROP = 256, 224  # the reference's; other image sizes keep the proportio
 class EvalReader:
     """Makes the loaders of one rank."""
 
-    image_size: int
+    data: Data  # of the run
     world: World
     device: torch.device
     threads: int  # of DALI
-    jpeg_engine: bool = True
     warn: Callable[[str], None] = warnings.warn  # told of each image that cannot be used
     failed: list[str] = field(default_factory=list)  # what it was told on this rank
 
@@ -34,13 +34,13 @@ class EvalReader:
             EvalLoader(
                 index,
                 batch_size=batch_size,
-                resize=round(self.image_size * RESIZE / CROP),
-                crop=self.image_size,
+                resize=round(self.data.image_size * RESIZE / CROP),
+                crop=self.data.image_size,
                 rank=self.world.rank,
                 world_size=self.world.size,
                 device=str(self.device),
                 num_threads=self.threads,
-                jpeg_engine=self.jpeg_engine,
+                jpeg_engine=self.data.jpeg_engine == "on",
                 on_failed=self._report,
                 **options,
             )

@@ -31,8 +31,7 @@ class Evaluator:
     def __init__(self, command: Evaluation, run: TrainedRun, world: World, device: torch.device) -> None:
         self.run, self.world, self.device = run, world, device
         self.precision = PRECISIONS[command.amp]
-        data, threads = run.config.data, command.workers or world.default_threads()
-        self.reader = EvalReader(data.image_size, world, device, threads, data.jpeg_engine == "on", _warn)
+        self.reader = EvalReader(run.config.data, world, device, command.workers or world.default_threads(), _warn)
         self.model: MoCoV3 = run.model.to(device, torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.eval().requires_grad_(False)
 

@@ -80,10 +80,6 @@ class Heartbeat:
         """End the process because of an error of a collective; one rank says which rank is to blame."""
         self._end(error)
 
-    def claim(self) -> bool:
-        """Let this rank say why the run ends, unless another does; those who will miss it then look for no reason."""
-        return self._is_first()
-
     def _beat(self) -> None:
         assert self._store is not None
         key, count = f"beat/{self._world.rank}", 0
@@ -152,13 +148,13 @@ class Heartbeat:
     def _end(self, otherwise: str) -> None:
         with self._reporting:  # the other thread that may come here waits for the end of the process
             error = self._diagnose() or otherwise
-            if self._is_first():
+            if self.claim():
                 self._ended(f"{error}; start the same command again, it goes on from the newest checkpoint")
             sys.stderr.flush()
             os._exit(1)
 
-    def _is_first(self) -> bool:
-        """Whether to say it: one rank of those that still reach each other."""
+    def claim(self) -> bool:
+        """Whether this rank is to say why the run ends: one does, of those that still reach each other."""
         first: list[bool] = [True]
 
         def ask() -> None:

@@ -92,9 +92,8 @@ class Judge:
 
     @cached_property
     def _reader(self) -> EvalReader:  # one for all evaluations, so that each failed image is reported once
-        data, engine = self.engine.config.data, self.engine
-        jpeg_engine = data.jpeg_engine == "on"
-        return EvalReader(data.image_size, engine.world, engine.device, self.threads, jpeg_engine, self.display.warn)
+        engine = self.engine
+        return EvalReader(engine.config.data, engine.world, engine.device, self.threads, self.display.warn)
 
     def _accuracy(self, bank: DatasetIndex, queries: DatasetIndex) -> float:
         engine, config = self.engine, self.engine.config
