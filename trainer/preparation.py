@@ -113,7 +113,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
         val.save(config.run.out / VAL_INDEX)
     _report([*index.rejected, *(val.rejected if val is not None else [])], config.run.out / SET_ASIDE, display)
     folder.sweep()
-    return Start(config, file, state, gone, val is not None, folder)
+    return Start(config, file, state, gone, has_val=val is not None, folder=folder)
 
 
 def resolve(
