@@ -20,7 +20,7 @@ from trainer.distributed import Votes, World, choose_device, gathered, join, tog
 from trainer.engine import Engine, build_model
 from trainer.heartbeat import Heartbeat
 from trainer.judgement import Judge, conclude, judgeable, read_summary, write_summary
-from trainer.loop import TrainingError, fit
+from trainer.loop import UNJUDGED, TrainingError, fit
 from trainer.memory import fitting_batch, fitting_microbatch
 from trainer.metrics import Display, MetricsLog
 from trainer.preparation import TRAIN_INDEX, VAL_INDEX, Start, prepare
@@ -209,7 +209,8 @@ def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: St
     run, world = engine.config.run, engine.world
     keep_steps = run.keep_every and run.keep_every * engine.steps_per_epoch
     saver = Saver(run.out, run.keep, keep_steps, run.save_minutes, display.warn) if world.rank == 0 else None
-    log = MetricsLog(run.out, engine.step, display.warn) if world.rank == 0 else None
+    written = engine.step - (UNJUDGED in engine.notes)
+    log = MetricsLog(run.out, written, display.warn) if world.rank == 0 else None
 
     def ended(reason: str) -> None:
         _report(TrainingError(reason), 1)

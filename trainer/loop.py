@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from trainer.judgement import Judge
 from trainer.metrics import Display, MetricsLog, WaitClock
 from trainer.saving import Saver
 from trainer.signals import StopSignals
+
+UNJUDGED = "unjudged"  # the note of a step's row of metrics, not written yet, in what was saved before it was judged
 
 
 class TrainingError(RuntimeError):
@@ -44,6 +47,11 @@ def fit(
     run, batch_size = engine.config.run, engine.config.optim.batch_size
     clock, batches = WaitClock(engine.device), _batches(engine)
     advisor = DataAdvisor(engine.threads, engine.world.cores())
+    if (unjudged := engine.notes.get(UNJUDGED)) is not None:
+        _judge(unjudged, engine, judge)
+        if log is not None and saver is not None:
+            log.write(unjudged)
+            _save(engine, saver, ends=engine.step == engine.last)
     read_step, read_time = engine.step, time.perf_counter()
     stopped, stall = False, 0.0
     while engine.step < engine.last and not stopped:
@@ -83,10 +91,10 @@ def fit(
             if judge.due() and not stopped and seen.fatal is None:
                 # Judging may take minutes, and a machine that is taken away leaves seconds: saved before it, and again
                 # with the history that it adds to, so that a run that goes on judges nothing twice.
+                engine.notes[UNJUDGED] = row
                 if saver is not None:
                     _save(engine, saver, ends=False)
-                if (accuracy := judge.accuracy()) is not None:
-                    row["knn"] = accuracy
+                _judge(row, engine, judge)
             if log is not None:
                 log.write(row)
             display.show(row)
@@ -100,6 +108,13 @@ def fit(
                 stall = _save(engine, saver, ends=stopped or engine.step == engine.last)
             read_step, read_time = engine.step, time.perf_counter()
     return not stopped
+
+
+def _judge(row: dict[str, Any], engine: Engine, judge: Judge) -> None:
+    """Give the step's row its k-NN accuracy, if there is one."""
+    if (accuracy := judge.accuracy()) is not None:
+        row["knn"] = accuracy
+    engine.notes.pop(UNJUDGED, None)
 
 
 def _batches(engine: Engine) -> Iterator[Batch]:

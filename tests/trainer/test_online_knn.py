@@ -9,6 +9,7 @@ import torch
 from tests.dali_pipes.odd_files import broken_inside
 from tests.trainer.conftest import write_lists
 from trainer import checkpoint
+from trainer.judgement import Judge
 from trainer.metrics import read_metrics
 
 
@@ -46,6 +47,31 @@ def test_a_run_that_goes_on_judges_nothing_twice(train, tmp_path, capsys):
     assert {step: found[step] for step in first} == first
     notes = checkpoint.load(tmp_path / "run" / "checkpoint_00000009.pt")["notes"]
     assert [each["step"] for each in notes["knn"]] == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("step", [6, 9], ids=["on the way", "at the end"])
+def test_a_run_that_is_killed_while_it_judges_goes_on_with_that(train, tmp_path, monkeypatch, step):
+    class Killed(BaseException):
+        pass
+
+    def killed(judge, *trees):
+        if judge.engine.step == step:
+            raise Killed
+        return measure(judge, *trees)
+
+    measure = Judge._measure
+    assert train("--knn-every", 1, out="whole") == 0
+    monkeypatch.setattr(Judge, "_measure", killed)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train("--knn-every", 1)
+    monkeypatch.undo()
+    assert train("--knn-every", 1) == 0
+    traces = [
+        [(row["step"], row["loss"], row.get("knn")) for row in read_metrics(tmp_path / o)] for o in ("run", "whole")
+    ]
+    assert traces[0] == traces[1]
+    assert "unjudged" not in checkpoint.load(tmp_path / "run" / "checkpoint_00000009.pt")["notes"]
 
 
 def test_without_val_it_trains_on(train, sample, tmp_path):
