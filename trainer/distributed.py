@@ -1,9 +1,12 @@
 """Ranks, devices and process groups: what torchrun started, which device is whose, who waits for whom."""
 
 import datetime
+import fcntl
 import os
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -132,6 +135,10 @@ def join(world: World, store: dist.Store | None, device: torch.device, timeout: 
         return
     # The store's own waiting was for rank 0's preparation; from here on a missing rank is an error.
     store.set_timeout(datetime.timedelta(seconds=timeout))
+    if world.size > world.local_size and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_between_nodes(world.node, store)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -140,6 +147,33 @@ def join(world: World, store: dist.Store | None, device: torch.device, timeout: 
         timeout=datetime.timedelta(seconds=timeout),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def interface_between_nodes(node: int, store: dist.Store) -> str | None:
+    """The network interface through which this node reaches node 0, and node 0 another one; None if it has no name.
+
+    gloo would take the one of the host's own name, which on many systems is the loopback, where no other node comes.
+    """
+    source = _source_towards(os.environ["MASTER_ADDR"])
+    if node:
+        store.set("moco_v3/address", source)
+    elif source.startswith("127."):  # node 0 names itself so
+        source = _source_towards(store.get("moco_v3/address").decode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # one without an address
+                found = fcntl.ioctl(opened, 0x8915, name.encode().ljust(256, b"\0"))  # SIOCGIFADDR
+                if socket.inet_ntoa(found[20:24]) == source:
+                    return name
+    return None
+
+
+def _source_towards(address: str) -> str:
+    """This node's IPv4 address on the way to another; empty if there is none."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+        opened.connect((address, 1))  # of a datagram socket: nothing is sent
+        return str(opened.getsockname()[0])
+    return ""
 
 
 class Votes:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -148,6 +149,9 @@ class Engine:
             )
             # Else it waits for the device at every hundredth step, to time itself; at the first ten it does anyway.
             self.forward._set_ddp_runtime_logging_sample_rate(1_000_000_000)
+        elif world.torchrun:  # what DDP does at its making: processors of another kind may have drawn other last digits
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                dist.broadcast(tensor.data, 0)
 
     def train_step(self, views: tuple[Tensor, ...], indices: Tensor | None = None) -> Tensor:
         """One step on two views (N, 3, S, S), raw uint8 or normalised; returns this rank's loss, on the device.

@@ -100,6 +100,8 @@ def export(run: TrainedRun, out: Path, form: Format) -> dict[str, Any]:
     Raises:
         ConfigError: one of the two is there already, or cannot be written, or the format does not know the backbone.
     """
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file")
     beside = out.with_name(out.name + ".json")
     for file in (out, beside):
         if file.exists():

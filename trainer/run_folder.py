@@ -1,5 +1,6 @@
 """A run's own folder: whose it is, one process at a time, and the configuration that it goes on with."""
 
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ from trainer.config import Config, ConfigError, disagreements
 CONFIG = "config.json"
 LOCK = "lock"
 STATUS = "status.json"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunFolder:
@@ -57,7 +59,7 @@ class RunFolder:
             )
 
     def lock(self) -> None:
-        """Keep other processes out until `release`; creates the folder.
+        """Keep other processes out until `release`, where the filesystem can (Lustre may not); creates the folder.
 
         Raises:
             ConfigError: another process has it, or it cannot be written.
@@ -72,7 +74,10 @@ class RunFolder:
             self.release()
             raise ConfigError(f"--out {self.path} is in use by another process; wait for it or stop it") from None
         except OSError as error:
-            raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}; name another folder") from None
+            if self._lock is None or error.errno not in _NO_LOCKS:
+                raise ConfigError(
+                    f"--out {self.path} cannot be written: {error.strerror}; name another folder"
+                ) from None
 
     def claim(self, config: Config, fingerprint: str) -> None:
         """Lock the folder and write `config.json` for a run that begins here.

@@ -218,5 +218,10 @@ def test_nothing_is_overwritten(existing, form, refused, trained, tmp_path):
     assert f"{tmp_path / existing} is there already" in line
 
 
+@pytest.mark.parametrize("folder", [".", "..", "/"])
+def test_a_folder_is_no_output(folder, refused, trained):
+    assert f"--out {folder} is a folder; name a file" in refused("--run", trained("vit_small"), "--out", folder)
+
+
 def test_an_output_folder_that_is_missing_is_named(refused, trained, tmp_path):
     assert "there is no folder" in refused("--run", trained("vit_small"), "--out", tmp_path / "no" / "a")

@@ -4,6 +4,7 @@ from functools import partialmethod
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from model import MoCoV3
 from tests.ranks import run_on_ranks
@@ -48,6 +49,18 @@ def test_chunks_on_two_ranks_equal_ddp_on_the_whole_batch(sample, tmp_path):
     assert not torch.equal(chunks[0][0], chunks[1][0])
     single = two_steps(sample / "train")
     assert_equal(chunks[0][1:], single[1:])
+
+
+def beginning(tree, *flags):
+    """The weights at the start, from initial values that are each rank's own."""
+    argv = ("--arch", "vit_conv_small", "--seed", dist.get_rank(), *flags)
+    return engine_for(tree, *argv).model.state_dict()
+
+
+@pytest.mark.parametrize("flags", [(), ("--microbatch", 3)], ids=["ddp", "chunks"])
+def test_ranks_begin_alike(flags, sample, tmp_path):
+    first, second = run_on_ranks(beginning, sample / "train", *flags, folder=tmp_path)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -3,13 +3,16 @@ the other, and the run goes on as if nothing had happened."""
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import torch.distributed as dist
 
 from tests.trainer.conftest import ROOT, TINY, lives, rank_processes, wait_for_row
+from trainer.distributed import interface_between_nodes
 
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 HOSTS = ("left", "right")
@@ -46,7 +49,7 @@ class Nodes:
         rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={ADDRESSES[0]}:{PORT} --rdzv-id=job --nnodes=2"
         host = f"--rdzv-conf=is_host={node == 0} --local-addr={ADDRESSES[node]}"  # nobody resolves the hosts' names
         torchrun = f"{rendezvous} {host} --nproc-per-node=1"
-        line = [*self._into(node), "env", "GLOO_SOCKET_IFNAME=cable", sys.executable, "-m", "torch.distributed.run"]
+        line = [*self._into(node), sys.executable, "-m", "torch.distributed.run"]
         process = subprocess.Popen(
             [*line, *torchrun.split(), str(ROOT / "train_ddp.py"), *TINY, *FLAGS, *map(str, flags)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -89,6 +92,17 @@ def nodes():
     made = Nodes()
     yield made
     made.close()
+
+
+def test_a_node_that_knows_its_own_name_as_loopback_only_asks_another_for_its_address(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.1.1")
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "unconnected"), (2, "lo")])
+    store = dist.HashStore()
+    assert interface_between_nodes(1, store) == "lo"
+    assert store.get("moco_v3/address").startswith(b"127.")
+    assert interface_between_nodes(0, store) == "lo"
+    store.set("moco_v3/address", "no address")
+    assert interface_between_nodes(0, store) is None
 
 
 @pytest.mark.slow
