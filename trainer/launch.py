@@ -55,8 +55,8 @@ def run(argv: Sequence[str]) -> int:
             print("train_ddp.py: stopped; the same command goes on", file=sys.stderr)
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # of no file or disk
         return _report(error, 1)
 
 

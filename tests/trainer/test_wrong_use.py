@@ -1,5 +1,6 @@
 """Bad input: one line that says what, which value and how to mend it, exit code 2, and nothing touched."""
 
+import errno
 import fcntl
 import json
 import os
@@ -121,6 +122,15 @@ def test_a_damaged_configuration(train, refused, tmp_path, capsys):
     capsys.readouterr()
     (tmp_path / "run" / "config.json").write_text('{"flags": ')
     assert "config.json is damaged" in refused()
+
+
+def test_a_disk_that_fails_is_named(train, monkeypatch, capsys):
+    def failing(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/train/a.jpg")
+
+    monkeypatch.setattr("trainer.preparation.training_tree", failing)
+    assert train() == 1
+    assert capsys.readouterr().err == "train_ddp.py: error: [Errno 5] Input/output error: '/data/train/a.jpg'\n"
 
 
 def test_out_in_use_by_another_process(train, refused, tmp_path, capsys):
