@@ -80,8 +80,8 @@ report: | $(READY) ## one page from all benchmarks/results, and the README's tab
 doctor: | $(READY) ## what this machine has, and what will be slow or missing on it
 	@$(PY) -m benchmarks.doctor
 
-gpu-check: ## GPU tests and short benchmarks with PYTHON as it stands; installs nothing
-	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+gpu-check: ## GPU tests and short benchmarks with .venv, or PYTHON as it stands; installs nothing
+	@$(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(PY))),$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 clean: ## remove .venv, sample data and caches; runs stay
 	rm -rf .venv data/sample .mypy_cache .ruff_cache views.png

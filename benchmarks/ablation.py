@@ -30,6 +30,7 @@ from benchmarks.step import training_config
 from benchmarks.tables import number
 from benchmarks.throughput import CPU, DEVICE, measure
 from dali_pipes import MOCO_V3, DatasetIndex, Recipe
+from dali_pipes.augment import why_not_fused
 from trainer.config import ConfigError
 
 SWEEP_ROUNDS = 3
@@ -83,7 +84,10 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
     common, cuda = flags.common, device.type == "cuda"
     if flags.image_size < 8 or (flags.batch_size is not None and flags.batch_size < 1) or flags.batches < 1:
         raise ConfigError("--image-size takes 8 or more, --batch-size and --batches 1 or more")
-    back_ends: tuple[BackEnd, ...] = flags.augment or (("dali", "fused") if cuda else ("dali",))
+    no_fused = why_not_fused(device, MOCO_V3)
+    if no_fused and flags.augment and "fused" in flags.augment:
+        raise ConfigError(f"--augment fused: {no_fused}")
+    back_ends: tuple[BackEnd, ...] = flags.augment or (("dali",) if no_fused else ("dali", "fused"))
     started, env = now(), environment(device)
     threads = common.workers or min(16, env["cores"])
     batch = flags.batch_size or (256 if cuda else 8)
@@ -104,7 +108,7 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
     bench = Bench(images, batch, flags.image_size, threads, device, flags.batches, progress)
     quantities = (DEVICE, CPU) if cuda else (CPU, WALL)
     measurements: list[Measurement] = []
-    notes: list[str] = []
+    notes = [f"Without fused: {no_fused}."] if no_fused and cuda else []
     for augment in back_ends:
         for which, recipe in recipes(flags.per_view and not common.quick).items():
             group = f"{which}, {augment}"
@@ -121,7 +125,7 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
     )
     return Result(
         benchmark="ablation",
-        subject="",
+        subject=" and ".join(flags.augment or ()),
         created=started,
         environment=env,
         configuration={

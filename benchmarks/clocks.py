@@ -31,7 +31,8 @@ def wait_until_idle(device: torch.device) -> None:
         before = cpu_seconds()
         time.sleep(POLL_SECONDS)
         if cpu_seconds() - before < IDLE_SHARE * POLL_SECONDS:
-            return
+            break
+    finish(device)
 
 
 def finish(device: torch.device) -> None:

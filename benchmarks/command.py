@@ -66,6 +66,21 @@ class Common:
         count = min(self.images, len(found))
         return found.at(np.linspace(0, len(found) - 1, count).astype(np.int64))  # from all over it
 
+    def common_index(self, progress: Progress) -> DatasetIndex:
+        """Of these images, those that every library here reads: JPEG, PNG and WebP files with names in UTF-8."""
+        found = self.index(progress)
+        rows = [
+            row
+            for row, path in enumerate(found.paths)
+            if path.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))
+            and os.fsencode(path) == path.encode(errors="replace")
+        ]
+        if not rows:
+            raise ConfigError(f"--data {self.data} has no JPEG, PNG or WebP file, which all that is compared reads")
+        if len(rows) < len(found):
+            progress.say(f"left out: {len(found) - len(rows)} images that not all that is compared reads")
+        return found.at(np.array(rows))
+
     def chosen_device(self) -> torch.device:
         """The device, with its number."""
         return choose_device(self.device, World())
@@ -105,6 +120,8 @@ def run(
     except (ConfigError, DatasetError, ResultError, OSError) as error:
         print(f"benchmarks.{name}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except torch.OutOfMemoryError:
         print(f"benchmarks.{name}: error: the GPU is out of memory; use a smaller --batch-size", file=sys.stderr)
         return 2

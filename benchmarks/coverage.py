@@ -8,6 +8,7 @@ do than on a machine whose state does not change between runs in 99 of 100 cases
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,14 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = Progress("coverage")
     try:
         flags.common.check()
-        if min(flags.reruns, flags.batch_size) < 1 or flags.image_size < 8 or flags.seconds <= 0:
+        if min(flags.reruns, flags.batch_size) < 1 or flags.image_size < 8 or not 0 < flags.seconds < math.inf:
             raise ConfigError("--reruns and --batch-size take 1 or more, --image-size 8 or more, --seconds more than 0")
         device = flags.common.chosen_device()
-        facts, images = environment(device), flags.common.index(progress)
+        facts, images = environment(device), flags.common.common_index(progress)
         runs = [_run(flags, images, device, progress) for _ in range(flags.reruns + 1)]
     except (ConfigError, DatasetError, ResultError, OSError) as error:
         print(f"benchmarks.coverage: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         progress.clear()
     return _report({name: [run[name] for run in runs] for name in runs[0]}, busy(facts))

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+LEAST_SECONDS = 1.0  # of a stretch whose energy is told: the card's counter moves about ten times a second
 INTERVAL_SECONDS = 0.1  # NVML itself averages utilisation over 1/6 s to 1 s
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons that slow the card down; idle and the application's own clocks do not.

@@ -34,7 +34,7 @@ from rich.console import Console
 
 from benchmarks.environment import ROOT, environment, now
 from benchmarks.generated import FOLDER, first, generated
-from dali_pipes import DatasetIndex
+from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.replacing import write_atomically
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
@@ -44,6 +44,7 @@ TAIL = 12000  # characters of output that are kept of a part
 ROOMS = ("benchmarks", "dali_pipes", "evaluation", "model", "tests", "trainer")
 TRAINING = {"cuda": (200, 64), "cpu": (10, 16)}  # steps, batch
 IMAGES = "images"  # what the training reads, in the scratch folder
+FREE = ("busy_cores", "commit", "dirty", "os", "memory_gb", "cpu", "driver")  # facts in which calls may differ
 PRESETS = {"vit_small": "vit-s-300ep", "vit_base": "vit-b-300ep", "resnet50": "r50-100ep"}
 
 
@@ -95,8 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = [part.name for part in parts(flags, Path())]
         if unknown := set(flags.only) - set(names):
             raise ConfigError(f"--only {min(unknown)!r}: one of {', '.join(names)}")
+        if flags.images < 1:
+            raise ConfigError(f"--images {flags.images} is too small; use 1 or more")
         flags.out.mkdir(parents=True, exist_ok=True)
-    except (ConfigError, OSError) as error:
+        images = generated(FOLDER, flags.images)  # here, so that no part pays for it
+    except (ConfigError, DatasetError, OSError) as error:
         print(f"benchmarks.gpu_check: error: {error}", file=sys.stderr)
         return 2
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -106,9 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = flags.out / f"gpu_check-{hardware}.json"
     digest = code_digest()
     records = earlier(file, env, digest) if flags.only else {}
+    if file.exists() and not records:
+        kept = file.rename(file.with_suffix(".json.old"))
+        console.print(f"what was in {file.name} is in {kept.name}: it is replaced, or of other code or another machine")
     with tempfile.TemporaryDirectory() as scratch:
-        # Made here, so that no part pays for it.
-        _link(generated(FOLDER, flags.images), math.prod(TRAINING[flags.device]), Path(scratch, IMAGES))
+        _link(images, math.prod(TRAINING[flags.device]), Path(scratch, IMAGES))
         outcomes = []
         for part in parts(flags, Path(scratch)):
             if part.name not in (flags.only or names):
@@ -137,7 +143,7 @@ def code_digest() -> str:
 
 def earlier(file: Path, env: dict[str, Any], digest: str) -> dict[str, dict[str, Any]]:
     """The parts of a file by their names; none if there is no file, or its machine, versions or code are others."""
-    free = {name: env[name] for name in ("busy_cores", "commit", "dirty")}
+    free = {name: env[name] for name in FREE}
     try:
         record = json.loads(file.read_text())
         if {**record["environment"], **free} != env or record["code"] != digest:
@@ -168,28 +174,28 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
 
     def step(arch: str) -> Part:
         arguments = ["-m", "benchmarks.step", "--preset", PRESETS[arch], *small, *quick, "--out", str(scratch)]
-        return Part(f"step {arch}", arguments, 100, partial(_result, scratch, f"step-{arch}*"))
+        return Part(f"step {arch}", arguments, 200, partial(_result, scratch, f"step-{arch}*"))
 
     def variants(arch: str) -> Part:
         out = scratch / f"variants_{arch}"
         arguments = ["-m", "benchmarks.variants", "--presets", PRESETS[arch], *small, *quick, "--out", str(out)]
         arguments += ["--compile", "off"] if cpu else []
-        return Part(f"variants {arch}", arguments, 240, partial(_result, out, "variants*"))
+        return Part(f"variants {arch}", arguments, 300, partial(_result, out, "variants*"))
 
     def short(name: str) -> Part:
         arguments = ["-m", f"benchmarks.{name}", *quick, "--out", str(scratch)]
-        return Part(name, arguments, 90, partial(_result, scratch, f"{name}*"))
+        return Part(name, arguments, 120, partial(_result, scratch, f"{name}*"))
 
     vit_small, *larger = PRESETS
     return [
         Part("doctor", ["-m", "benchmarks.doctor"], 30, lambda output: {"lines": output.splitlines()}),
-        Part("GPU tests: views", [*pytest, *pixels], 120, passed),
-        Part("equality", equality, 60, partial(_result, scratch, "equality")),
-        Part(f"{steps} training steps", training, 120, partial(trained, scratch / "run", steps)),
+        Part("GPU tests: views", [*pytest, *pixels], 300, passed),
+        Part("equality", equality, 120, partial(_result, scratch, "equality")),
+        Part(f"{steps} training steps", training, 180, partial(trained, scratch / "run", steps)),
         step(vit_small),
         short("loader"),
         short("ablation"),
-        Part("GPU tests: training", [*pytest, *others], 300, passed),
+        Part("GPU tests: training", [*pytest, *others], 480, passed),
         *map(step, larger),
         # Last: each compiles its model several times over.
         *map(variants, PRESETS),

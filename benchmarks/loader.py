@@ -7,6 +7,7 @@ DataLoader over torchvision's classic transforms (Pillow), one over torchvision 
 graph in DALI.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +26,7 @@ from benchmarks.results import Measurement, Result
 from benchmarks.source import Contender, Source
 from benchmarks.throughput import CPU, RATE, measure
 from dali_pipes import MOCO_V3, DatasetIndex
+from dali_pipes.augment import why_not_fused
 from trainer.config import ConfigError
 
 FULL, FUSED = "dali: two views", "fused: two views"
@@ -64,13 +66,17 @@ class Point:
 def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> Result:
     """Run the benchmark."""
     common = flags.common
-    if flags.image_size < 8 or (flags.batch_size is not None and flags.batch_size < 1) or flags.seconds <= 0:
+    if (
+        flags.image_size < 8
+        or (flags.batch_size is not None and flags.batch_size < 1)
+        or not 0 < flags.seconds < math.inf
+    ):
         raise ConfigError("--image-size takes 8 or more, --batch-size 1 or more, --seconds more than 0")
     started, env = now(), environment(device)
     workers = common.workers or min(16, env["cores"])
     batch = flags.batch_size or (256 if device.type == "cuda" else 8 if common.quick else 16)
     rounds, seconds = (3, 0.2) if common.quick else (common.rounds, flags.seconds)
-    images = common.index(progress)
+    images = common.common_index(progress)
     point = Point(batch, flags.image_size, workers)
 
     contenders = _contenders(first(images, max(len(images), EPOCH)), point, device)
@@ -113,7 +119,7 @@ def _contenders(images: DatasetIndex, point: Point, device: torch.device) -> lis
         FULL: partial(dali_sources.Views, images, MOCO_V3, batch, size, threads),
         "dali: usual color_twist graph": partial(dali_sources.color_twist, images, MOCO_V3, batch, size, threads),
     }
-    if device.type == "cuda":
+    if why_not_fused(device, MOCO_V3) is None:
         makers[FUSED] = partial(dali_sources.Views, images, MOCO_V3, batch, size, threads, augment="fused")
     contenders: list[Contender] = []
     for name, make in makers.items():

@@ -72,6 +72,7 @@ def _work(file: Path, config: Config, device: torch.device, views: Tensor, chunk
         return outputs
 
     step(2)  # what libraries load and keep
+    model.zero_grad(set_to_none=True)
     gc.collect()
     before = _settled(device)
     outputs = step(len(x1))

@@ -1,10 +1,10 @@
 """The step in the manner of the reference release, as a yardstick, and what is changed about it one thing at a time.
 
 As it stands: eager; float16 autocast with a loss scaler on CUDA, float32 on the CPU; one forward pass a view;
-parameters visited one by one in Python for the moving average and by the optimizer; the host waits for the loss and
-for the scaler at every step. Each field of `Changes` but the last two, which are experiments, takes one of these away;
-with all it is the trainer's step but for the order of queries and keys, and for what that does to watch over a run: the
-norm of the gradients, and the copies to take a bad step back.
+parameters visited one by one in Python for the moving average and by LARS, AdamW as torch chooses (lists of tensors on
+CUDA); the host waits for the loss and for the scaler at every step. Each field of `Changes` but the last two, which are
+experiments, takes one of these away; with all it is the trainer's step but for the order of queries and keys, and for
+what that does to watch over a run: the norm of the gradients, and the copies to take a bad step back.
 """
 
 from contextlib import AbstractContextManager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import flops
 from benchmarks.clocks import finish, wait_until_idle
-from benchmarks.gpu import EnergyMeter
+from benchmarks.gpu import LEAST_SECONDS, EnergyMeter
 from benchmarks.intervals import INTERVALS, StepClock, watched
 from benchmarks.measure import estimate
 from benchmarks.progress import Progress
@@ -24,7 +24,6 @@ from trainer.engine import Engine, build_model
 
 REAL, CACHED = "step on JPEGs", "step on a cached batch"
 LOADER, REFERENCE = "loader alone", "reference-style step, cached batch"
-LEAST = 1.0  # seconds of a stretch whose energy is told: the card's counter moves about ten times a second
 QUEUE = 3  # batches that the loader may hold ready
 
 
@@ -75,7 +74,7 @@ class Runs:
             "amp": "fp16, loss scaler" if self.device.type == "cuda" else "off",
             "memory_format": "contiguous",
             "moving_average": "a Python loop over parameters",
-            "optimizer": type(self.reference.optimizer).__name__ if self.reference else "",
+            "optimizer": f"{type(self.reference.optimizer).__name__}, as torch chooses" if self.reference else "",
             "host_waits_per_step": 2 if self.device.type == "cuda" else 0,
         }
 
@@ -168,7 +167,7 @@ class Runs:
             step()
         finish(self.device)
         seconds, after = time.perf_counter() - started, self._meter.joules()
-        self._joules = None if before is None or after is None or seconds < LEAST else after - before
+        self._joules = None if before is None or after is None or seconds < LEAST_SECONDS else after - before
         return 1000 * seconds / steps
 
     def _real(self) -> None:
@@ -190,10 +189,12 @@ class Runs:
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.clock = StepClock(self.device, ranges=True)
+        wait_until_idle(self.device)
         with torch.profiler.profile(activities=activities) as profiler:
-            self._stretch(REAL, steps, warm=0)  # what the trace holds are steps, and as many batches as steps
+            # What the trace holds are steps, and as many batches as steps: the loader's queue is full at both ends.
+            self._stretch(REAL, steps, warm=0)
+            wait_until_idle(self.device)
         self.clock = clock
-        file.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
 
     def beside(self, steps: int = 5) -> dict[str, Beside]:
@@ -204,7 +205,7 @@ class Runs:
             file = Path(folder, "trace.json")
             self.trace(file, steps)
             trace = Trace.read(file)
-        training = trace.training_stream(INTERVALS)
+        training = trace.training_stream(INTERVALS[1:])  # waiting for data may lie on the kernels' own
         if training is None:
             return {}
         return {kind: Beside(b.milliseconds / steps, b.hidden) for kind, b in beside(trace, training).items()}

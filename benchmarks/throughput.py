@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.clocks import cpu_seconds, finish, wait_until_idle
-from benchmarks.gpu import EnergyMeter
+from benchmarks.gpu import LEAST_SECONDS, EnergyMeter
 from benchmarks.progress import Progress
 from benchmarks.results import Better, Measurement
 from benchmarks.source import Contender
@@ -81,18 +81,22 @@ def _window(
     finish(device)
     elapsed, spent, after = time.perf_counter() - started, cpu_seconds() - cpu, meter.joules()
     window = {RATE: images / elapsed, CPU: 1000 * spent / images}
-    if energy is not None and after is not None and after > energy:
+    if elapsed >= LEAST_SECONDS and energy is not None and after is not None and after > energy:
         window[ENERGY] = images / (after - energy)
     return window
 
 
 def _device_time(c: Contender, device: torch.device) -> float:
-    """Milliseconds an image that the device was busy; the source has as many batches under way after as before."""
+    """Milliseconds an image that the device was busy: of as many whole batches as were taken, for the source's queue is
+    full before and after.
+    """
     images = 0
 
     def work() -> None:
         nonlocal images
         for _ in range(PROFILED_BATCHES):
             images += next(c.stream)
+        wait_until_idle(device)
 
+    wait_until_idle(device)
     return device_milliseconds(work, device) / images

@@ -24,7 +24,7 @@ from benchmarks.float8 import multiplies_float8
 from benchmarks.generated import describe, first
 from benchmarks.progress import Progress
 from benchmarks.reference_step import Changes, ReferenceStep, side_by_side
-from benchmarks.results import Measurement, Result
+from benchmarks.results import Measurement, Result, ResultError
 from benchmarks.step import training_config
 from benchmarks.step_runs import resident_bytes
 from dali_pipes import DatasetIndex
@@ -81,6 +81,8 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
     common, cuda = flags.common, device.type == "cuda"
     if flags.steps is not None and flags.steps < 1:
         raise ConfigError(f"--steps {flags.steps} is too small; use 1 or more")
+    if not flags.presets:
+        raise ConfigError(f"--presets takes one or more of: {', '.join(PRESETS)}")
     started, env = now(), environment(device)
     batch, size = flags.batch_size or (256 if cuda else 4), flags.image_size or (224 if cuda else 32)
     rounds = 3 if common.quick else common.rounds
@@ -111,6 +113,8 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
         del rows
         torch.compiler.reset()  # else it keeps compiled models, and what their CUDA graphs reserved
         _free(device)
+    if not measurements:
+        raise ResultError(" ".join(notes))
     if common.quick:
         notes.append(f"Left out in the short form: {', '.join(EXPERIMENTS)}.")
     bound_of = "bf16" if cuda else "float32"
@@ -120,7 +124,7 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
         notes.append(f"On the CPU at small size ({small}), AMP off: that it runs, not what a GPU would show.")
     return Result(
         benchmark="variants",
-        subject="",
+        subject="" if flags.presets == PRESETS else " and ".join(config.model.arch for config in configs),
         created=started,
         environment=env,
         configuration={

@@ -43,15 +43,20 @@ CASES = [
     ("benchmarks.loader", "--device cpu --out text", "--out text"),
     ("benchmarks.communication", "--json nowhere/a.json", "--json nowhere/a.json"),
     ("benchmarks.step", "--device cpu --preset nonsense", "nonsense"),
+    ("benchmarks.step", "--device cpu --trace empty", "empty"),
     ("benchmarks.ablation", "--device cpu --data empty", "empty"),
+    ("benchmarks.ablation", "--device cpu --augment dali fused", "--augment fused"),
     ("benchmarks.variants", "--device cpu --presets nonsense", "nonsense"),
+    ("benchmarks.variants", "--device cpu --presets", "--presets"),
     ("benchmarks.parity", "--device cpu --steps 0", "--steps"),
     ("benchmarks.microbatch", "--device cpu --chunks 0", "--chunks"),
     ("benchmarks.communication", "--preset nonsense", "nonsense"),
     ("benchmarks.coverage", "--device cpu --reruns 0", "--reruns"),
+    ("benchmarks.coverage", "--device cpu --seconds nan", "--seconds"),
     ("benchmarks.report", "--results nowhere", "nowhere"),
     ("benchmarks.report", "--compare text text", "text"),
     ("benchmarks.gpu_check", "--device cpu --out text", "text"),
+    ("benchmarks.gpu_check", "--device cpu --images 0", "--images 0"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, throughput
 from benchmarks.clocks import cpu_seconds, wait_until_idle
 from benchmarks.gpu import EnergyMeter, GpuSampler, sentence
 from benchmarks.source import Contender
@@ -67,7 +67,7 @@ def test_joules_are_the_cards_own_count(monkeypatch):
     assert EnergyMeter(torch.device("cpu")).joules() is None
 
 
-def test_a_window_of_batches_counts_images_and_energy():
+def test_a_window_of_batches_counts_images_and_energy(monkeypatch):
     class Source:
         in_flight, burst, settings = 1, 1, {}
 
@@ -85,6 +85,8 @@ def test_a_window_of_batches_counts_images_and_energy():
 
     cpu = torch.device("cpu")
     contender = Contender("group", "name", Source())
+    assert ENERGY not in _window(contender, 0.0, 3, cpu, Meter(cpu))  # too short for the card's counter
+    monkeypatch.setattr(throughput, "LEAST_SECONDS", 0.0)
     window = _window(contender, 0.0, 3, cpu, Meter(cpu))
     assert window[ENERGY] == 3 * 4 / 2.0
     assert window.keys() == {RATE, CPU, ENERGY}

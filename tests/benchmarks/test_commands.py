@@ -1,10 +1,13 @@
 """The three benchmarks as commands, as small as they go: what they write holds together; wrong use is one line."""
 
+import os
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import ablation, ablation_variants, loader, microbatch, reference_step, results, step, variants
 from benchmarks.command import Common, run
@@ -56,6 +59,18 @@ def test_loader(result_of):
     assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
     assert rates.keys() == result.settings.keys()
     assert all("batch" in settings for settings in result.settings.values())
+
+
+def test_files_that_not_all_read_are_left_out(tree, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for i, path in enumerate(DatasetIndex.scan(tree).paths[:2]):
+        with Image.open(path) as image:
+            image.save(folder / f"{i}.jpg")
+            image.save(folder / f"{i}.bmp")
+            image.save(os.fsencode(folder) + b"/caf\xe9.jpg")
+    kept = Common(data=folder).common_index(Progress("test"))
+    assert [Path(path).name for path in kept.paths] == ["0.jpg", "1.jpg"]
 
 
 def test_ablation_costs_are_differences_of_the_same_round(result_of):

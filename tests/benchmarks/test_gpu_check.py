@@ -156,13 +156,13 @@ def call_with(monkeypatch, tmp_path, names, only=(), code="print(1)"):
 
 
 def test_calls_for_some_parts_share_one_file(monkeypatch, tmp_path):
-    machine = {"hardware": "GPU", "commit": "a", "dirty": False}
+    machine = {"hardware": "GPU", **dict.fromkeys(gpu_check.FREE, "a")}
     monkeypatch.setattr(gpu_check, "_link", lambda *arguments: None)
     monkeypatch.setattr(gpu_check, "generated", lambda *arguments: None)
     monkeypatch.setattr(gpu_check, "environment", lambda device: {**machine, "busy_cores": 0.1})
     call = partial(call_with, monkeypatch, tmp_path, ["doctor", "loader", "step"])
     assert call(only=["loader"]) == {"loader": "1"}
-    monkeypatch.setattr(gpu_check, "environment", lambda device: {**machine, "busy_cores": 0.3})
+    monkeypatch.setattr(gpu_check, "environment", lambda device: {**machine, "busy_cores": 0.3, "os": "b"})
     found = call(only=["doctor", "loader"], code="print(2)")
     assert found == {"doctor": "2", "loader": "2"}
     assert list(call(only=["step"], code="print(3)").items()) == [("doctor", "2"), ("loader", "2"), ("step", "3")]
@@ -173,6 +173,7 @@ def test_calls_for_some_parts_share_one_file(monkeypatch, tmp_path):
     # Of other code nothing is kept.
     monkeypatch.setattr(gpu_check, "code_digest", lambda: "other")
     assert call(only=["step"]) == {"step": "1"}
+    assert "loader" in (tmp_path / "gpu_check-gpu.json.old").read_text()
 
 
 def test_a_benchmark_is_judged_by_the_file_it_wrote(result, tmp_path):
