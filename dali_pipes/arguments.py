@@ -87,6 +87,8 @@ def colour_arguments(params: SampleParams, spec: ViewSpec) -> Arguments:
     inputs: Arguments = {"flip": params.flip.astype(np.int32)}
     if spec.jitter > 0:
         inputs |= jitter_arguments(params)
+        if spec.hue == 0:  # left out, as by ColorJitter: the way through HSV would change colours all the same
+            del inputs["hue"]
     if spec.grayscale > 0:
         inputs["grayscale"] = params.grayscale
     if spec.blur > 0:

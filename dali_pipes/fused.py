@@ -167,7 +167,8 @@ def pack(params: SampleParams, spec: ViewSpec) -> NDArray[np.void]:
     records = np.zeros(len(params), RECORD)
     records["jitter"], records["grayscale"], records["flip"] = params.jitter, params.grayscale, params.flip
     for place, name in enumerate(("first", "second", "third", "fourth")):
-        records[name] = params.order[:, place]
+        # 4 is nothing: ColorJitter, too, leaves a hue of strength 0 out, whose way through HSV changes colours.
+        records[name] = np.where((params.order[:, place] == 3) & (spec.hue == 0), 4, params.order[:, place])
     records["before_contrast"] = (params.order == 1).argmax(1)
     records["brightness"], records["contrast"] = params.brightness, params.contrast
     records["saturation"] = params.saturation

@@ -139,7 +139,7 @@ def _pixels(crops, SIZE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _adjusted(r, g, b, place, record, mean):
-    """The operation at that place of the sample's order: 0 brightness 1 contrast 2 saturation 3 hue."""
+    """The operation at that place of the sample's order: 0 brightness 1 contrast 2 saturation 3 hue 4 none."""
     operation = tl.load(record + _FIRST + place)
     if operation == 0:
         factor, black = _factor(record + _BRIGHTNESS), tl.zeros_like(r)
@@ -151,7 +151,7 @@ def _adjusted(r, g, b, place, record, mean):
         factor = _factor(record + _SATURATION)
         gray = _gray(r, g, b)
         r, g, b = _blend(gray, r, factor), _blend(gray, g, factor), _blend(gray, b, factor)
-    else:
+    elif operation == 3:
         h, s = _hue_and_saturation(r, g, b)
         value = tl.maximum(r, tl.maximum(g, b))
         r, g, b = _from_hsv((h + tl.load(record + _HUE)) & 255, s, value)

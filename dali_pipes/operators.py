@@ -102,7 +102,7 @@ def jitter(x: Node, inputs: Inputs) -> Node:
     x = _mix(x, inputs, 0)
     x = _mix(x, inputs, 1)
     if inputs["hue_first"]:
-        x = hue(x, inputs["hue"])
+        x = hue(x, inputs["hue"]) if "hue" in inputs else x
     else:
         x = contrast(x, inputs["contrast"])
     x = _mix(x, inputs, 2)
@@ -110,7 +110,7 @@ def jitter(x: Node, inputs: Inputs) -> Node:
     if inputs["hue_first"]:
         x = contrast(x, inputs["contrast"])
     else:
-        x = hue(x, inputs["hue"])
+        x = hue(x, inputs["hue"]) if "hue" in inputs else x
     x = _mix(x, inputs, 4)
     x = _mix(x, inputs, MIXES - 1)
     return x

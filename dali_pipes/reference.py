@@ -25,7 +25,8 @@ def reference_view(image: Image.Image, spec: ViewSpec, params: SampleParams, i: 
     view = F.resized_crop(image, *box, [spec.size, spec.size], F.InterpolationMode.BILINEAR)
     if params.jitter[i]:
         for operation in params.order[i]:
-            view = adjusted(view, params, i, operation)
+            if operation != 3 or spec.hue > 0:  # ColorJitter leaves out a hue of 0, which Pillow's HSV makes a change
+                view = adjusted(view, params, i, operation)
     if params.grayscale[i]:
         view = F.to_grayscale(view, num_output_channels=3)
     if params.blur[i]:

@@ -70,7 +70,12 @@ class Recipe:
         """The same recipe with its largest view `image_size` pixels wide and the others in proportion.
 
         Blur keeps its sigma in pixels: the reference has one recipe and one size, and names no rule for others.
+
+        Raises:
+            ValueError: `image_size` is below 1.
         """
+        if image_size < 1:
+            raise ValueError(f"image size {image_size} is below 1; use 224, for instance")
         largest = max(view.size for view in self.views)
         return Recipe(tuple(replace(v, size=max(1, round(v.size * image_size / largest))) for v in self.views))
 

@@ -198,7 +198,9 @@ def _builder(run: TrainedRun) -> Builder:
     if arch not in VISION_TRANSFORMERS:
         pretrained = timm.get_pretrained_cfg(arch)
         sized = {"img_size": size} if pretrained is not None and pretrained.fixed_input_size else {}
-        return Builder("timm.create_model", {"model_name": arch, "num_classes": 0, **sized})
+        return Builder(
+            "timm.create_model", {"model_name": arch, "num_classes": 0, **sized, **run.config.model.backbone}
+        )
     vit: Any = run.model.base_encoder
     sizes = {"embed_dim": vit.embed_dim, "depth": len(vit.blocks), "num_heads": _attention_heads(vit)}
     if "conv" in arch:

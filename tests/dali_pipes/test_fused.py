@@ -158,6 +158,11 @@ def test_factors_at_their_limits(interpreted, crops):
         check(interpreted, images, spec, drawn(spec, 4, seed, **factors))
 
 
+def test_a_hue_of_strength_zero_is_left_out(interpreted, crops):
+    spec = replace(STRONG, size=16, hue=0.0)
+    check(interpreted, crops(16)[:4], spec, drawn(spec, 4, order=ORDERS[:4]))
+
+
 @pytest.mark.parametrize("name", ["contrast", "saturation"])
 def test_products_and_sums_are_rounded_by_themselves(interpreted, name):
     check(interpreted, *revealing(name, 32))

@@ -12,9 +12,10 @@ from dali_pipes.reference import ReferenceViews, load_image, reference_view
 from tests.dali_pipes.odd_files import GOOD, write_odd_files
 
 
-def test_reference_is_torchvisions_transforms_with_the_dice_fixed(pictures):
+@pytest.mark.parametrize("hue", [0.1, 0.0])
+def test_reference_is_torchvisions_transforms_with_the_dice_fixed(pictures, hue):
     """Ranges of one value leave torchvision's own random transforms nothing to draw but the order."""
-    spec = ViewSpec(size=96, jitter=1.0, grayscale=0.0, blur=1.0, solarize=1.0, flip=1.0)
+    spec = ViewSpec(size=96, jitter=1.0, hue=hue, grayscale=0.0, blur=1.0, solarize=1.0, flip=1.0)
     p = sample_params(spec, 0, 0, 0, np.arange(12), [im.height for im in pictures], [im.width for im in pictures])
     for i, picture in enumerate(pictures):
         torch.manual_seed(i)
@@ -39,7 +40,11 @@ def test_views_equal_torchvisions(photos, size, crop_min):
 
 
 @pytest.mark.parametrize("size", [224, 96, 32])
-@pytest.mark.parametrize("recipe", [MOCO_V2, SIMCLR, multi_crop(n_local=2)], ids=["moco-v2", "simclr", "multi-crop"])
+@pytest.mark.parametrize(
+    "recipe",
+    [MOCO_V2, SIMCLR, multi_crop(n_local=2), Recipe((ViewSpec(jitter=1.0, hue=0.0),))],
+    ids=["moco-v2", "simclr", "multi-crop", "no hue"],
+)
 def test_views_of_other_recipes(photos, recipe, size):
     for gap in view_gaps(photos, recipe, size, draws=12, seed=5):
         assert gap.mean < 0.05

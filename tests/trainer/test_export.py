@@ -22,8 +22,9 @@ CASES: dict[str, dict[str, Any]] = {
     "resnet18": {"optimizer": "lars"},
     "swin_tiny_patch4_window7_224": {"image_size": 224},
     "test_efficientnet": {},
+    "vit_tiny_patch16_224": SIZES,
 }
-IN_DEFAULT = ("vit_small", "vit_conv_small", "resnet18", "test_efficientnet")
+IN_DEFAULT = ("vit_small", "vit_conv_small", "resnet18", "test_efficientnet", "vit_tiny_patch16_224")
 ARCHS = [pytest.param(arch, marks=[] if arch in IN_DEFAULT else pytest.mark.slow) for arch in CASES]
 
 
