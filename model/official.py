@@ -24,7 +24,8 @@ class OfficialCheckpoint(NamedTuple):
 
     epoch: epochs done. state_dict: as MoCoV3.load_state_dict takes it. optimizer, scaler: their state dicts, or None
     where the file has none, as the published ones. The optimizer's indices count MoCoV3.parameters() in order: see
-    optimizer_from_official.
+    optimizer_from_official. num_heads: of a ViT's attention, which the weights do not tell; the reference does not
+    write it, but `trainer.export` does where it is another number than the reference's.
     """
 
     arch: str
@@ -32,6 +33,7 @@ class OfficialCheckpoint(NamedTuple):
     state_dict: dict[str, Tensor]
     optimizer: dict[str, Any] | None
     scaler: dict[str, Any] | None
+    num_heads: int | None = None
 
 
 def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,7 +80,12 @@ def load_official(file: str | os.PathLike[str]) -> OfficialCheckpoint:
     if absent:
         raise ValueError(f"{os.fspath(file)}: a checkpoint without {' and '.join(absent)}")
     found = OfficialCheckpoint(
-        content["arch"], content["epoch"], state_dict, content.get("optimizer"), content.get("scaler")
+        content["arch"],
+        content["epoch"],
+        state_dict,
+        content.get("optimizer"),
+        content.get("scaler"),
+        content.get("num_heads"),
     )
     damaged = _damaged(found)
     if damaged:
@@ -116,10 +123,10 @@ def optimizer_from_official(official: Mapping[str, Any], model: nn.Module) -> di
     trained = _trained(model)
     (group,) = official["param_groups"]
     if sorted(official["state"]) != trained:
-        names = [name for name, _ in model.named_parameters()]
-        odd = names[min(set(trained) ^ set(official["state"]))]
-        where = "here, not there" if odd in {names[place] for place in trained} else "there, not here"
-        raise ValueError(f"{odd} is trained {where}")
+        names = dict(enumerate(name for name, _ in model.named_parameters()))
+        odd = min(set(trained) ^ set(official["state"]))
+        where = "here, not there" if odd in trained else "there, not here"
+        raise ValueError(f"{names.get(odd, f'parameter {odd}')} is trained {where}")
     parameters = list(model.parameters())
     state = {}
     for place, index in enumerate(trained):
@@ -149,6 +156,7 @@ def _damaged(found: OfficialCheckpoint) -> str | None:
         "state_dict": all(isinstance(value, Tensor) for value in found.state_dict.values()),
         "optimizer state": found.optimizer is None or _is_optimizer(found.optimizer),
         "scaler": found.scaler is None or isinstance(found.scaler, dict),
+        "num_heads": found.num_heads is None or isinstance(found.num_heads, int),
     }
     return next((part for part, whole in sound.items() if not whole), None)
 
@@ -161,8 +169,11 @@ def _is_optimizer(content: Any) -> bool:
         return False
     entries = [entry for index, entry in state.items() if isinstance(index, int) and isinstance(entry, dict)]
     values = [(key, value) for entry in entries for key, value in entry.items()]
-    return len(entries) == len(state) and all(
-        isinstance(value, Tensor) or (key == "step" and isinstance(value, int)) for key, value in values
+    kinds = ({"mu"}, {"step", "exp_avg", "exp_avg_sq"})  # LARS, AdamW
+    return (
+        len(entries) == len(state)
+        and any(all(entry.keys() == kind for entry in entries) for kind in kinds)
+        and all(isinstance(value, Tensor) or (key == "step" and isinstance(value, int)) for key, value in values)
     )
 
 

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 # vit_small has 12 heads of 32 channels, where DeiT-S and timm have 6 of 64: weights load into the other without an
 # error and give wrong features. A conv stem stands in for one of the 12 blocks.
-_SIZES = {
+VISION_TRANSFORMERS = {
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "vit_conv_small": {"embed_dim": 384, "depth": 11, "num_heads": 12},
     "vit_conv_base": {"embed_dim": 768, "depth": 11, "num_heads": 12},
 }
-VISION_TRANSFORMERS = tuple(_SIZES)
 
 
 def vision_transformer(arch: str, image_size: int | tuple[int, int] = 224, **overrides: Any) -> VisionTransformer:
@@ -28,7 +27,7 @@ def vision_transformer(arch: str, image_size: int | tuple[int, int] = 224, **ove
     image_size: side, or (height, width), in pixels; overrides: arguments of timm's VisionTransformer. Raises ValueError
     for a size that the patch does not divide, and for widths that neither position embedding nor stem can divide.
     """
-    kwargs: dict[str, Any] = {"patch_size": 16, **_SIZES[arch], **overrides}
+    kwargs: dict[str, Any] = {"patch_size": 16, **VISION_TRANSFORMERS[arch], **overrides}
     check_divisible(arch, image_size, kwargs["patch_size"])
     if "conv" in arch:
         kwargs["embed_layer"] = ConvStem

@@ -16,6 +16,7 @@ from dali_pipes.augment import missing_c_compiler, why_not_fused
 from dali_pipes.failures import tolerated
 from dali_pipes.listing import training_tree, validation_tree
 from dali_pipes.replacing import write_atomically
+from model import MoCoV3
 from trainer import checkpoint, resume
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
@@ -92,6 +93,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     except ValueError as error:
         raise ConfigError(str(error)) from None
     check_microbatch(config.run.microbatch, config.model.arch, model)
+    check_image_size(config, model)
 
     if recorded is not None:
         folder.check(recorded, config, index.fingerprint)
@@ -114,6 +116,20 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     _report([*index.rejected, *(val.rejected if val is not None else [])], config.run.out / SET_ASIDE, display)
     folder.sweep()
     return Start(config, file, state, gone, has_val=val is not None, folder=folder)
+
+
+def check_image_size(config: Config, model: MoCoV3) -> None:
+    """Raise `ConfigError` if the backbone, timm's own for instance, cannot read images of that size: it reads one."""
+    size, arch = config.data.image_size, config.model.arch
+    model.eval()
+    try:
+        with torch.no_grad():
+            model.features(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--arch {arch} does not take --image-size {size} ({reason}); try 224") from None
+    finally:
+        model.train()
 
 
 def resolve(

@@ -6,6 +6,7 @@ from typing import Any
 from model import MoCoV3
 from model.identity import backbone_shapes, nearest_architecture, settings
 from model.official import OfficialCheckpoint, UnreadableFile, load_official, optimizer_from_official
+from model.vision_transformer import VISION_TRANSFORMERS
 from trainer import checkpoint
 from trainer.config import Config, ConfigError, disagreement, disagreements
 from trainer.engine import Engine
@@ -99,9 +100,7 @@ def _model_differences(found: OfficialCheckpoint, config: Config, model: MoCoV3)
         name: value.shape for name, value in ours.items()
     }
     if fits:
-        # Weights fit any number of attention heads, and give nonsense with another one than the architecture's own.
-        other_heads = config.model.backbone.keys() == {"num_heads"} and config.model.num_heads != 12
-        return [disagreement("num_heads", 12, config.model.num_heads)] if other_heads else []
+        return _heads_differences(found, config)
     if backbone_shapes(found.state_dict) != backbone_shapes(ours):
         nearest = nearest_architecture(found.state_dict, prefer=arch)
         if nearest != arch:
@@ -110,6 +109,17 @@ def _model_differences(found: OfficialCheckpoint, config: Config, model: MoCoV3)
     differ = [disagreement(name, there[name], here.get(name)) for name in there if there[name] != here.get(name)]
     odd = sorted(found.state_dict.keys() ^ ours.keys())
     return differ or [f"{odd[0]} is in one of them only" if odd else "a tensor has another shape"]
+
+
+def _heads_differences(found: OfficialCheckpoint, config: Config) -> list[str]:
+    """Weights fit any number of attention heads, and give nonsense with another one than they were trained with."""
+    own = VISION_TRANSFORMERS.get(config.model.arch)
+    if own is None:
+        return []
+    here, there = config.model.num_heads or own["num_heads"], found.num_heads
+    if there is None and (config.model.embed_dim or own["embed_dim"]) == own["embed_dim"]:
+        there = own["num_heads"]
+    return [disagreement("num_heads", there, here)] if there not in (None, here) else []
 
 
 def _optimizer_differences(found: OfficialCheckpoint, config: Config) -> list[str]:

@@ -323,6 +323,11 @@ def test_other_files_are_told_apart(content, phrase, refused, tmp_path):
         ("optimizer", {"state": {}}, "its optimizer state is damaged"),
         ("optimizer", {"state": {0: {"exp_avg": "x"}}, "param_groups": [{}]}, "its optimizer state is damaged"),
         ("optimizer", [1, 2], "its optimizer state is damaged"),
+        (
+            "optimizer",
+            {"state": {0: {"step": 1, "exp_avg": torch.ones(2)}}, "param_groups": [{}]},
+            "its optimizer state is damaged",
+        ),
         ("epoch", "seven", "its epoch is damaged"),
         ("arch", 3, "its arch is damaged"),
         ("scaler", 65536.0, "its scaler is damaged"),
@@ -332,6 +337,20 @@ def test_a_damaged_part_is_said(part, content, phrase, refused, published):
     file = published()
     torch.save({**torch.load(file), part: content}, file)
     assert phrase in refused(file=file)
+
+
+def test_state_of_a_parameter_that_is_not_there_is_said(refused, published):
+    file = published()
+    content = torch.load(file)
+    content["optimizer"]["state"][1_000_000] = content["optimizer"]["state"][0]
+    torch.save(content, file)
+    assert "parameter 1000000 is trained there, not here" in refused(file=file)
+
+
+def test_a_file_that_says_its_attention_heads_is_taken_at_its_word(refused, published):
+    file = published()
+    torch.save({**torch.load(file), "num_heads": 2}, file)
+    assert "--num-heads is 2 there, 4 here" in refused(file=file)
 
 
 def test_the_command_says_it_in_one_line_and_leaves_no_folder(published, train, tmp_path, capsys):

@@ -124,6 +124,12 @@ def test_a_damaged_configuration(train, refused, tmp_path, capsys):
     assert "config.json is damaged" in refused()
 
 
+@pytest.mark.parametrize(("arch", "size"), [("convnext_atto", 16), ("crossvit_9_240", 96)])
+def test_an_architecture_that_cannot_read_images_of_that_size(refused, arch, size):
+    sizes = ["--embed-dim", "None", "--depth", "None", "--num-heads", "None"]
+    assert f"--arch {arch} does not take --image-size {size}" in refused("--arch", arch, *sizes, "--image-size", size)
+
+
 def test_a_disk_that_fails_is_named(train, monkeypatch, capsys):
     def failing(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/train/a.jpg")
