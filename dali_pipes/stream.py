@@ -37,6 +37,10 @@ class BrokenBatch(RuntimeError):
         self.rows = rows
 
 
+class LoaderOutOfMemory(torch.OutOfMemoryError):
+    """The device has too little memory left for the images of a batch, beside what else is on it."""
+
+
 class Stream:
     """Hands out the batch of any position; asked for them in order, it has the next ones under way.
 
@@ -65,7 +69,7 @@ class Stream:
 
         Raises:
             BrokenBatch: DALI failed on this batch. The stream stays usable.
-            torch.OutOfMemoryError: DALI found too little memory on the device.
+            LoaderOutOfMemory: DALI found too little memory on the device.
         """
         under_way = self._feed.under_way
         if under_way and (
@@ -83,7 +87,7 @@ class Stream:
                 outputs = self._outputs()
                 batch = under_way.popleft()
                 self._run_ahead()
-        except torch.OutOfMemoryError:
+        except LoaderOutOfMemory:
             self.close()
             raise
         except RuntimeError as error:
@@ -108,7 +112,7 @@ class Stream:
 
         Raises:
             RuntimeError: DALI failed on one of them.
-            torch.OutOfMemoryError: it found too little memory on the device.
+            LoaderOutOfMemory: it found too little memory on the device.
         """
         with _memory_told():
             return decode(paths, self._device, self._decoder.jpeg_engine)
@@ -162,12 +166,12 @@ class Stream:
 
 @contextmanager
 def _memory_told() -> Iterator[None]:
-    """Raises torch.OutOfMemoryError for what DALI has words only."""
+    """Raises LoaderOutOfMemory for what DALI has words only."""
     try:
         yield
     except RuntimeError as error:
         if _NO_MEMORY.search(str(error)):
-            raise torch.OutOfMemoryError(str(error)) from None
+            raise LoaderOutOfMemory(str(error)) from None
         raise
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.stream import LoaderOutOfMemory
 from trainer import checkpoint, handover, resume
 from trainer import config as configuration
 from trainer.config import ConfigError
@@ -84,9 +85,10 @@ def _run(argv: list[str], world: World) -> int:
         device = choose_device(start.config.run.device, world)
         try:
             return _train(start, world, device, store, display, signals)
-        except torch.OutOfMemoryError:
-            pass  # its traceback holds the engine: only outside of this block can the memory be had
-        return _out_of_memory(start, world, device, store)
+        except torch.OutOfMemoryError as error:
+            # Its traceback holds the engine: only outside of this block can the memory be had.
+            of_loader = isinstance(error, LoaderOutOfMemory)
+        return _out_of_memory(start, world, device, store, of_loader)
     finally:
         signals.close()
         if start is not None and start.folder is not None:
@@ -242,11 +244,16 @@ def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: St
             log.close()
 
 
-def _out_of_memory(start: Start, world: World, device: torch.device, store: dist.Store | None) -> int:
+def _out_of_memory(start: Start, world: World, device: torch.device, store: dist.Store | None, of_loader: bool) -> int:
     """Say once what would fit."""
     config = start.config
 
     def advise() -> None:
+        if of_loader:  # which --microbatch leaves as it is
+            mend = "use more GPUs, or a smaller --batch-size in a new --out"
+            error = f"--batch-size {config.optim.batch_size}: {device} has no memory left for a batch's images; {mend}"
+            _report(ConfigError(error), 2)
+            return
         mends = {"--microbatch {}, which learns the same": fitting_microbatch(config, world, device)}
         if start.checkpoint is None:  # a run that goes on is bound to its batch
             mends["--batch-size {}"] = fitting_batch(config, world, device)

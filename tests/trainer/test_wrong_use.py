@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+from dali_pipes.stream import LoaderOutOfMemory
 from model import MoCoV3
 from trainer import distributed, preparation
 from trainer.metrics import MetricsLog
@@ -172,6 +173,18 @@ def test_out_of_memory_says_which_batch_would_fit(train, monkeypatch, capsys):
 
     # Nothing was learned there yet, so the mend can be followed as it stands.
     assert train("--no-knn", "--batch-size", 4, "--max-steps", 1) == 0
+
+
+def test_too_little_memory_for_the_images_of_a_batch(train, monkeypatch, capsys):
+    def too_large(*args, **kwargs):
+        raise LoaderOutOfMemory("Can't allocate 4096 bytes on device 0")
+
+    monkeypatch.setattr("dali_pipes.stream.build_pipeline", too_large)
+    assert train("--no-knn") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "train_ddp.py: error: --batch-size 16: cpu has no memory left for a batch's images; use more"
+    )
 
 
 def test_rank_without_torchrun(refused, monkeypatch):
