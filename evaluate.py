@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
         return _main(list(argv), world)
     except (ConfigError, DatasetError) as error:
         return _report(error)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _main(argv: list[str], world: World) -> int:

@@ -37,6 +37,7 @@ CASES = [
     ("dali_pipes.preview", "--data empty --out views.png", "empty"),
     ("dali_pipes.equality", "--data nowhere", "nowhere"),
     ("dali_pipes.equality", "--data empty", "empty"),
+    ("dali_pipes.equality", "--data empty --json nowhere/a.json", "nowhere/a.json"),
     ("dali_pipes.synthetic", "--out text", "text"),
     ("benchmarks.loader", "--device cpu --data nowhere", "nowhere"),
     ("benchmarks.loader", "--device cpu --batch-size 0", "--batch-size"),
