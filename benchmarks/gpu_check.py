@@ -7,7 +7,7 @@ the benchmarks, each as a process of its own: one that fails or hangs leaves the
 is done so far. Uses this Python as it stands. Exit code 0: all passed; 1: a part failed or found no time; 2: wrong use.
 
 Where the GPU is lent for minutes, `--only` spreads the parts over several calls: the file keeps those of earlier calls
-as long as code, versions and machine are the same.
+as long as code, versions and kind of machine are the same.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class GpuCheck:
     images: int = 256
     """Generated JPEGs."""
     only: tuple[str, ...] = ()
-    """Names of parts to run; none: all. What the file has of others it keeps, if code and machine are the same."""
+    """Names of parts to run; none: all. Others stay in the file if code and kind of machine are the same."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     flags = tyro.cli(GpuCheck, prog="python -m benchmarks.gpu_check", args=argv)
+    deadline = time.monotonic() + 60 * flags.minutes
     try:
         device = choose_device(flags.device, World())
         names = [part.name for part in parts(flags, Path())]
@@ -104,7 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks.gpu_check: error: {error}", file=sys.stderr)
         return 2
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    deadline = time.monotonic() + 60 * flags.minutes
     env = environment(device)
     hardware = re.sub(r"[^a-z0-9]+", "_", env["hardware"].lower())
     file = flags.out / f"gpu_check-{hardware}.json"
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes.append(outcome)
             console.print(f"{'ok  ' if outcome.ok else 'FAIL'} {part.name}: {outcome.seconds:.0f} s {outcome.reason}")
             if outcome.seconds or part.name not in records:  # it ran
-                records[part.name] = asdict(outcome)
+                records[part.name] = {**asdict(outcome), "machine": {name: env[name] for name in FREE}}
             done = [records[name] for name in names if name in records]
             record = {"schema": 2, "environment": env, "code": digest, "parts": done}
             # Each time: whoever lends the GPU may end this, too.
@@ -142,7 +142,7 @@ def code_digest() -> str:
 
 
 def earlier(file: Path, env: dict[str, Any], digest: str) -> dict[str, dict[str, Any]]:
-    """The parts of a file by their names; none if there is no file, or its machine, versions or code are others."""
+    """The parts of a file by their names; none if it is of another kind of machine, other versions or other code."""
     free = {name: env[name] for name in FREE}
     try:
         record = json.loads(file.read_text())

@@ -79,6 +79,7 @@ def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> 
     images = common.common_index(progress)
     point = Point(batch, flags.image_size, workers)
 
+    no_fused = why_not_fused(device, MOCO_V3)
     contenders = _contenders(first(images, max(len(images), EPOCH)), point, device)
     measurements = measure(contenders, rounds, seconds, device, progress)
     settings = {c.name: c.source.settings for c in contenders}
@@ -100,7 +101,7 @@ def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> 
         },
         warm_up="before each window, as many batches as the loader may hold ready",
         measurements=_with_headlines(measurements),
-        notes=_notes(measurements),
+        notes=(*_notes(measurements), *([f"Without fused: {no_fused}."] if no_fused and device.type == "cuda" else [])),
         settings=settings,
     )
 

@@ -65,9 +65,6 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
     started, env = now(), environment(device)
     if flags.steps is not None and flags.steps < 1:
         raise ConfigError(f"--steps {flags.steps} is too small; use 1 or more")
-    if flags.trace is not None:
-        flags.trace.parent.mkdir(parents=True, exist_ok=True)
-        flags.trace.open("ab").close()  # or raise now: the profiler would only log it, after all the work
     config = training_config(
         device,
         progress.say,
@@ -82,6 +79,9 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
     steps = flags.steps or (on_gpu if cuda else on_cpu)
     rounds = 3 if common.quick else common.rounds
     images = common.index(progress)
+    if flags.trace is not None:
+        flags.trace.parent.mkdir(parents=True, exist_ok=True)
+        flags.trace.open("ab").close()  # or raise now: the profiler would only log it, after all the work
     threads = common.workers or min(16, env["cores"])
 
     progress.say(f"building and warming up {config.model.arch}, batch {batch}, amp {config.run.amp} …")

@@ -86,9 +86,9 @@ def main(
     if draws < 1 or min(sizes, default=0) < 1:
         raise ValueError(f"--draws {draws} --sizes {' '.join(map(str, sizes))}: give numbers above 0")
     available(device)
+    index = DatasetIndex.scan(training_tree(data), outside=outside)
     if file is not None:
         file.open("ab").close()  # what cannot be written is told before the work
-    index = DatasetIndex.scan(training_tree(data), outside=outside, level="full")  # each image is to be decoded anyway
     chosen: Augment = "dali" if augment == "dali" else "fused"
     if augment == "auto" and (device == "cpu" or why_not_fused(torch.device(device), RECIPES[recipe]) is not None):
         chosen = "dali"

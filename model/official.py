@@ -25,7 +25,7 @@ class OfficialCheckpoint(NamedTuple):
     epoch: epochs done. state_dict: as MoCoV3.load_state_dict takes it. optimizer, scaler: their state dicts, or None
     where the file has none, as the published ones. The optimizer's indices count MoCoV3.parameters() in order: see
     optimizer_from_official. num_heads: of a ViT's attention, which the weights do not tell; the reference does not
-    write it, but `trainer.export` does where it is another number than the reference's.
+    write it, but `trainer.export` does for sizes that are not the reference's.
     """
 
     arch: str

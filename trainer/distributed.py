@@ -135,10 +135,10 @@ def join(world: World, store: dist.Store | None, device: torch.device, timeout: 
         return
     # The store's own waiting was for rank 0's preparation; from here on a missing rank is an error.
     store.set_timeout(datetime.timedelta(seconds=timeout))
-    if world.size > world.local_size and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = interface_between_nodes(world.node, store)
+    if world.size > world.local_size:
+        interface = interface_between_nodes(world.node, store)  # on every node: one may wait for another's answer
         if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -170,9 +170,10 @@ def interface_between_nodes(node: int, store: dist.Store) -> str | None:
 
 def _source_towards(address: str) -> str:
     """This node's IPv4 address on the way to another; empty if there is none."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
-        opened.connect((address, 1))  # of a datagram socket: nothing is sent
-        return str(opened.getsockname()[0])
+    if address:  # else it would be the loopback's
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+            opened.connect((address, 1))  # of a datagram socket: nothing is sent
+            return str(opened.getsockname()[0])
     return ""
 
 

@@ -133,12 +133,13 @@ def official_checkpoint(run: TrainedRun) -> dict[str, Any]:
     """
     # A disabled scaler has an empty state, which the reference's scaler, never disabled, refuses to load.
     scaler = run.state["scaler"] or torch.amp.GradScaler("cpu").state_dict()
-    arch, heads = run.config.model.arch, _attention_heads(run.model.base_encoder)
-    own = VISION_TRANSFORMERS.get(arch, {}).get("num_heads", heads)
+    arch, heads = run.config.model.arch, {}
+    if arch in VISION_TRANSFORMERS and run.config.model.backbone:  # a key of ours, which the reference does not look at
+        heads["num_heads"] = _attention_heads(run.model.base_encoder)
     return {
         "epoch": run.epoch,
         "arch": arch,
-        **({} if heads == own else {"num_heads": heads}),  # a key of ours, which the reference does not look at
+        **heads,
         "state_dict": to_official(run.model.state_dict()),
         "optimizer": optimizer_to_official(run.state["optimizer"], run.model),
         "scaler": scaler,

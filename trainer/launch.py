@@ -249,8 +249,10 @@ def _out_of_memory(start: Start, world: World, device: torch.device, store: dist
     config = start.config
 
     def advise() -> None:
-        if of_loader:  # which --microbatch leaves as it is
-            mend = "use more GPUs, or a smaller --batch-size in a new --out"
+        if of_loader:
+            mend = "use a smaller --microbatch, --checkpoint-activations or more GPUs"
+            if start.checkpoint is None:
+                mend += ", or a smaller --batch-size"
             error = f"--batch-size {config.optim.batch_size}: {device} has no memory left for a batch's images; {mend}"
             _report(ConfigError(error), 2)
             return

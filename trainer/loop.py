@@ -37,7 +37,8 @@ def fit(
 ) -> bool:
     """Train up to the last step; False if a signal stopped it before.
 
-    Rank 0 has a `log` and the `saver` of the checkpoints. `judge` is asked at the end of epochs.
+    Rank 0 has a `log` and the `saver` of the checkpoints. `judge` is asked at the end of epochs,
+    and first of all for a step that was saved before it was judged.
 
     Raises:
         TrainingError: loss or gradients were not finite (see `--on-nan`), too many images failed over all ranks, or

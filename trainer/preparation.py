@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import timm
 import torch
 
 from dali_pipes import DatasetError, DatasetIndex
@@ -115,6 +116,8 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
         val.save(config.run.out / VAL_INDEX)
     _report([*index.rejected, *(val.rejected if val is not None else [])], config.run.out / SET_ASIDE, display)
     folder.sweep()
+    if not folder.has_locks:
+        display.say(f"warning: the filesystem of {config.run.out} has no locks; start only one run in that folder")
     return Start(config, file, state, gone, has_val=val is not None, folder=folder)
 
 
@@ -126,8 +129,9 @@ def check_image_size(config: Config, model: MoCoV3) -> None:
         with torch.no_grad():
             model.features(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"--arch {arch} does not take --image-size {size} ({reason}); try 224") from None
+        reason, known = " ".join(str(error).split())[:200], timm.get_pretrained_cfg(arch)
+        own = known.input_size[-1] if known is not None else 224
+        raise ConfigError(f"--arch {arch} does not take --image-size {size} ({reason}); try {own}") from None
     finally:
         model.train()
 

@@ -21,6 +21,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.has_locks = True
         self._lock: int | None = None
 
     def recorded(self) -> dict[str, Any] | None:
@@ -59,7 +60,7 @@ class RunFolder:
             )
 
     def lock(self) -> None:
-        """Keep other processes out until `release`, where the filesystem can (Lustre may not); creates the folder.
+        """Keep other processes out until `release`; creates the folder. `has_locks` says if its filesystem cannot.
 
         Raises:
             ConfigError: another process has it, or it cannot be written.
@@ -78,6 +79,7 @@ class RunFolder:
                 raise ConfigError(
                     f"--out {self.path} cannot be written: {error.strerror}; name another folder"
                 ) from None
+            self.has_locks = False
 
     def claim(self, config: Config, fingerprint: str) -> None:
         """Lock the folder and write `config.json` for a run that begins here.

@@ -101,7 +101,7 @@ def test_a_node_that_knows_its_own_name_as_loopback_only_asks_another_for_its_ad
     assert interface_between_nodes(1, store) == "lo"
     assert store.get("moco_v3/address").startswith(b"127.")
     assert interface_between_nodes(0, store) == "lo"
-    store.set("moco_v3/address", "no address")
+    store.set("moco_v3/address", "")  # a node without a way to node 0
     assert interface_between_nodes(0, store) is None
 
 

@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 
-from dali_pipes.stream import LoaderOutOfMemory
 from model import MoCoV3
 from trainer import distributed, preparation
 from trainer.metrics import MetricsLog
@@ -125,10 +124,12 @@ def test_a_damaged_configuration(train, refused, tmp_path, capsys):
     assert "config.json is damaged" in refused()
 
 
-@pytest.mark.parametrize(("arch", "size"), [("convnext_atto", 16), ("crossvit_9_240", 96)])
-def test_an_architecture_that_cannot_read_images_of_that_size(refused, arch, size):
+@pytest.mark.parametrize(("arch", "size", "own"), [("convnext_atto", 16, 224), ("crossvit_9_240", 224, 240)])
+def test_an_architecture_that_cannot_read_images_of_that_size(refused, arch, size, own):
     sizes = ["--embed-dim", "None", "--depth", "None", "--num-heads", "None"]
-    assert f"--arch {arch} does not take --image-size {size}" in refused("--arch", arch, *sizes, "--image-size", size)
+    line = refused("--arch", arch, *sizes, "--image-size", size)
+    assert f"--arch {arch} does not take --image-size {size}" in line
+    assert line.endswith(f"; try {own}")
 
 
 def test_a_disk_that_fails_is_named(train, monkeypatch, capsys):
@@ -138,6 +139,15 @@ def test_a_disk_that_fails_is_named(train, monkeypatch, capsys):
     monkeypatch.setattr("trainer.preparation.training_tree", failing)
     assert train() == 1
     assert capsys.readouterr().err == "train_ddp.py: error: [Errno 5] Input/output error: '/data/train/a.jpg'\n"
+
+
+def test_a_filesystem_without_locks_is_said(train, monkeypatch, capsys):
+    def none(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert train("--no-knn", "--max-steps", 1) == 0
+    assert "has no locks; start only one run in that folder" in capsys.readouterr().out
 
 
 def test_out_in_use_by_another_process(train, refused, tmp_path, capsys):
@@ -177,14 +187,12 @@ def test_out_of_memory_says_which_batch_would_fit(train, monkeypatch, capsys):
 
 def test_too_little_memory_for_the_images_of_a_batch(train, monkeypatch, capsys):
     def too_large(*args, **kwargs):
-        raise LoaderOutOfMemory("Can't allocate 4096 bytes on device 0")
+        raise RuntimeError("Can't allocate 4096 bytes on device 0.")
 
     monkeypatch.setattr("dali_pipes.stream.build_pipeline", too_large)
     assert train("--no-knn") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "train_ddp.py: error: --batch-size 16: cpu has no memory left for a batch's images; use more"
-    )
+    assert line.startswith("train_ddp.py: error: --batch-size 16: cpu has no memory left for a batch's images; use a")
 
 
 def test_rank_without_torchrun(refused, monkeypatch):
