@@ -161,8 +161,9 @@ class Engine:
         """
         self._schedule()
         # What a backbone drops is a function of seed, step and rank, so that a run that goes on drops the same.
+        seed = _mixed(self.config.optim.seed, self.step, self.world.rank)
         for generator in self._generators:
-            generator.manual_seed(_mixed(self.config.optim.seed, self.step, self.world.rank))
+            generator.manual_seed(seed)
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.remember()
         outputs = self._forward_backward(views)
