@@ -87,7 +87,8 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
     no_fused = why_not_fused(device, MOCO_V3)
     if no_fused and flags.augment and "fused" in flags.augment:
         raise ConfigError(f"--augment fused: {no_fused}")
-    back_ends: tuple[BackEnd, ...] = flags.augment or (("dali",) if no_fused else ("dali", "fused"))
+    usual: tuple[BackEnd, ...] = ("dali",) if no_fused else ("dali", "fused")
+    back_ends = flags.augment or usual
     started, env = now(), environment(device)
     threads = common.workers or min(16, env["cores"])
     batch = flags.batch_size or (256 if cuda else 8)
@@ -125,7 +126,7 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
     )
     return Result(
         benchmark="ablation",
-        subject=" and ".join(flags.augment or ()),
+        subject="" if back_ends == usual else " and ".join(back_ends),
         created=started,
         environment=env,
         configuration={

@@ -66,7 +66,7 @@ class Common:
         count = min(self.images, len(found))
         return found.at(np.linspace(0, len(found) - 1, count).astype(np.int64))  # from all over it
 
-    def common_index(self, progress: Progress) -> DatasetIndex:
+    def readable_by_all(self, progress: Progress) -> DatasetIndex:
         """Of these images, those that every library here reads: JPEG, PNG and WebP files with names in UTF-8."""
         found = self.index(progress)
         rows = [

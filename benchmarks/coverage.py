@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if min(flags.reruns, flags.batch_size) < 1 or flags.image_size < 8 or not 0 < flags.seconds < math.inf:
             raise ConfigError("--reruns and --batch-size take 1 or more, --image-size 8 or more, --seconds more than 0")
         device = flags.common.chosen_device()
-        facts, images = environment(device), flags.common.common_index(progress)
+        facts, images = environment(device), flags.common.readable_by_all(progress)
         runs = [_run(flags, images, device, progress) for _ in range(flags.reruns + 1)]
     except (ConfigError, DatasetError, ResultError, OSError) as error:
         print(f"benchmarks.coverage: error: {error}", file=sys.stderr)

@@ -76,15 +76,18 @@ def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> 
     workers = common.workers or min(16, env["cores"])
     batch = flags.batch_size or (256 if device.type == "cuda" else 8 if common.quick else 16)
     rounds, seconds = (3, 0.2) if common.quick else (common.rounds, flags.seconds)
-    images = common.common_index(progress)
+    images = common.readable_by_all(progress)
     point = Point(batch, flags.image_size, workers)
 
     no_fused = why_not_fused(device, MOCO_V3)
-    contenders = _contenders(first(images, max(len(images), EPOCH)), point, device)
+    contenders = _contenders(first(images, max(len(images), EPOCH)), point, device, fused=no_fused is None)
     measurements = measure(contenders, rounds, seconds, device, progress)
     settings = {c.name: c.source.settings for c in contenders}
     if flags.sweeps and not common.quick:
         measurements += _sweeps(flags, images, point, device, progress)
+    notes = _notes(measurements)
+    if no_fused and device.type == "cuda":
+        notes += (f"Without fused: {no_fused}.",)
     return Result(
         benchmark="loader",
         subject="",
@@ -101,12 +104,12 @@ def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> 
         },
         warm_up="before each window, as many batches as the loader may hold ready",
         measurements=_with_headlines(measurements),
-        notes=(*_notes(measurements), *([f"Without fused: {no_fused}."] if no_fused and device.type == "cuda" else [])),
+        notes=notes,
         settings=settings,
     )
 
 
-def _contenders(images: DatasetIndex, point: Point, device: torch.device) -> list[Contender]:
+def _contenders(images: DatasetIndex, point: Point, device: torch.device, fused: bool) -> list[Contender]:
     """All ways to load, in the order of the table."""
     batch, size, threads = point.batch, point.size, point.threads
     peer = min(PEER_BATCH, batch)
@@ -120,7 +123,7 @@ def _contenders(images: DatasetIndex, point: Point, device: torch.device) -> lis
         FULL: partial(dali_sources.Views, images, MOCO_V3, batch, size, threads),
         "dali: usual color_twist graph": partial(dali_sources.color_twist, images, MOCO_V3, batch, size, threads),
     }
-    if why_not_fused(device, MOCO_V3) is None:
+    if fused:
         makers[FUSED] = partial(dali_sources.Views, images, MOCO_V3, batch, size, threads, augment="fused")
     contenders: list[Contender] = []
     for name, make in makers.items():

@@ -74,7 +74,7 @@ class Runs:
             "amp": "fp16, loss scaler" if self.device.type == "cuda" else "off",
             "memory_format": "contiguous",
             "moving_average": "a Python loop over parameters",
-            "optimizer": f"{type(self.reference.optimizer).__name__}, as torch chooses" if self.reference else "",
+            "optimizer": type(self.reference.optimizer).__name__ if self.reference else "",
             "host_waits_per_step": 2 if self.device.type == "cuda" else 0,
         }
 

@@ -38,8 +38,9 @@ def start_gather(x: Tensor) -> Tensor:
 def _gather_by_sum(x: Tensor) -> Tensor:
     """The same with gloo: each rank adds its rows to zeros, which changes none but -0.0.
 
-    All-gathers that overlap end processes there ("malloc(): unaligned chunk"): two threads note what they did last in
-    one string without a lock, and this one's name, ALLGATHER_COALESCED, is too long to lie in the string itself.
+    All-gathers that overlap end processes there ("malloc(): unaligned fastbin chunk detected"): two threads note what
+    they did last in one string without a lock, and this one's name, ALLGATHER_COALESCED, is too long to lie in the
+    string itself.
     """
     ranks = x.new_zeros(world_size(), *x.shape)
     ranks[rank()] = x

@@ -69,7 +69,7 @@ def test_files_that_not_all_read_are_left_out(tree, tmp_path):
             image.save(folder / f"{i}.jpg")
             image.save(folder / f"{i}.bmp")
             image.save(os.fsencode(folder) + b"/caf\xe9.jpg")
-    kept = Common(data=folder).common_index(Progress("test"))
+    kept = Common(data=folder).readable_by_all(Progress("test"))
     assert [Path(path).name for path in kept.paths] == ["0.jpg", "1.jpg"]
 
 
