@@ -81,7 +81,10 @@ doctor: | $(READY) ## what this machine has, and what will be slow or missing on
 	@$(PY) -m benchmarks.doctor
 
 gpu-check: ## GPU tests and short benchmarks with .venv, or PYTHON as it stands; installs nothing
-	@$(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(PY))),$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
+	@python=$(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(PY))),$(PYTHON)); \
+	$$python -c 'import nvidia.dali, timm, torch, tyro' 2> /dev/null || \
+		{ echo "$$python lacks DALI, timm, torch or tyro; run make train first, or name another: make gpu-check PYTHON=…" >&2; exit 2; }; \
+	exec $$python -m benchmarks.gpu_check $(ARGS)
 
 clean: ## remove .venv, sample data and caches; runs stay
 	rm -rf .venv data/sample .mypy_cache .ruff_cache views.png
