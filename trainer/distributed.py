@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from dali_pipes import DatasetError
 from trainer.config import ConfigError
+from trainer.signals import Stopped
 
 Result = TypeVar("Result")
 
@@ -224,12 +225,13 @@ def together(work: Callable[[], Result]) -> Result:
     A rank that gave up alone would leave the others waiting for it in what comes next.
 
     Raises:
-        ConfigError, DatasetError, FloatingPointError, torch.OutOfMemoryError: the same on all ranks, if one met it.
+        ConfigError, DatasetError, FloatingPointError, torch.OutOfMemoryError, Stopped: the same on all ranks, if one
+            met it.
     """
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         result = work()
-    except (ConfigError, DatasetError, FloatingPointError, torch.OutOfMemoryError) as met:
+    except (ConfigError, DatasetError, FloatingPointError, torch.OutOfMemoryError, Stopped) as met:
         error = met.with_traceback(None)  # which holds all that `work` had in its hands
     error = next((each for each in gathered(error) if each is not None), None)
     if error is None:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainer.config import Config
 from trainer.engine import Engine, autocast
 from trainer.eval_reader import EvalReader
 from trainer.metrics import METRICS, Display, read_metrics
+from trainer.signals import Stopped
 
 SUMMARY = "summary.json"
 _NUMBERS = ("steps", "loss_first", "loss_last", "knn_before", "knn_after", "images_per_second", "data_wait")
@@ -49,6 +51,7 @@ class Judge:
     trees: tuple[DatasetIndex, DatasetIndex] | None
     threads: int
     display: Display
+    stops: Callable[[], bool] = lambda: False  # whether to leave off
 
     def due(self) -> bool:
         """Whether `--knn-every` asks for it at the engine's present step."""
@@ -63,6 +66,9 @@ class Judge:
         Training is not disturbed: no random number is drawn and no batch statistic moves. Images that failed are left
         out. None without trees, and, saying so, if the memory is not enough or too many images fail: a run is not lost
         for its judgement. Every rank must call it.
+
+        Raises:
+            Stopped: a rank was to leave off.
         """
         if self.trees is None:
             return None
@@ -99,6 +105,8 @@ class Judge:
         engine, config = self.engine, self.engine.config
 
         def features(images: torch.Tensor) -> torch.Tensor:
+            if self.stops():
+                raise Stopped
             with autocast(config, engine.device):
                 return engine.model.features(images.to(engine.dtype))
 

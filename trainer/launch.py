@@ -138,7 +138,8 @@ def _train(
         settle(engine)
         together(partial(_load, engine, start, display))
         trained = engine
-        judge = Judge(engine, judgeable(config, index, val, world.size, display), threads, display)
+        trees = judgeable(config, index, val, world.size, display)
+        judge = Judge(engine, trees, threads, display, lambda: signals.asked)
         finished = _complete(engine, judge) or _train_on(engine, store, display, signals, judge)
     status.write("finished" if finished else "preempted", engine.step)
     if dist.is_initialized():

@@ -16,7 +16,7 @@ from trainer.heartbeat import Heartbeat
 from trainer.judgement import Judge
 from trainer.metrics import Display, MetricsLog, WaitClock
 from trainer.saving import Saver
-from trainer.signals import StopSignals
+from trainer.signals import Stopped, StopSignals
 
 UNJUDGED = "unjudged"  # the note of a step's row of metrics, not written yet, in what was saved before it was judged
 
@@ -49,7 +49,8 @@ def fit(
     clock, batches = WaitClock(engine.device), _batches(engine)
     advisor = DataAdvisor(engine.threads, engine.world.cores())
     if (unjudged := engine.notes.get(UNJUDGED)) is not None:
-        _judge(unjudged, engine, judge)
+        if not _judge(unjudged, engine, judge):
+            return False
         if log is not None and saver is not None:
             log.write(unjudged)
             _save(engine, saver, ends=engine.step == engine.last)
@@ -95,7 +96,10 @@ def fit(
                 engine.notes[UNJUDGED] = row
                 if saver is not None:
                     _save(engine, saver, ends=False)
-                _judge(row, engine, judge)
+                if not _judge(row, engine, judge):
+                    if saver is not None:
+                        _save(engine, saver, ends=True)
+                    return False
             if log is not None:
                 log.write(row)
             display.show(row)
@@ -111,11 +115,16 @@ def fit(
     return not stopped
 
 
-def _judge(row: dict[str, Any], engine: Engine, judge: Judge) -> None:
-    """Give the step's row its k-NN accuracy, if there is one."""
-    if (accuracy := judge.accuracy()) is not None:
+def _judge(row: dict[str, Any], engine: Engine, judge: Judge) -> bool:
+    """Give the step's row its k-NN accuracy, if there is one; False if a signal ended that, so that it is still due."""
+    try:
+        accuracy = judge.accuracy()
+    except Stopped:
+        return False
+    if accuracy is not None:
         row["knn"] = accuracy
     engine.notes.pop(UNJUDGED, None)
+    return True
 
 
 def _batches(engine: Engine) -> Iterator[Batch]:

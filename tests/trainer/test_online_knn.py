@@ -1,7 +1,9 @@
 """`--knn-every`: the features are judged while they are learned, and learning does not notice."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -49,6 +51,14 @@ def test_a_run_that_goes_on_judges_nothing_twice(train, tmp_path, capsys):
     assert [each["step"] for each in notes["knn"]] == [0, 3, 6, 9]
 
 
+def assert_same_trace(tmp_path):
+    traces = [
+        [(row["step"], row["loss"], row.get("knn")) for row in read_metrics(tmp_path / o)] for o in ("run", "whole")
+    ]
+    assert traces[0] == traces[1]
+    assert "unjudged" not in checkpoint.load(tmp_path / "run" / "checkpoint_00000009.pt")["notes"]
+
+
 @pytest.mark.parametrize("step", [6, 9], ids=["on the way", "at the end"])
 def test_a_run_that_is_killed_while_it_judges_goes_on_with_that(train, tmp_path, monkeypatch, step):
     class Killed(BaseException):
@@ -67,11 +77,29 @@ def test_a_run_that_is_killed_while_it_judges_goes_on_with_that(train, tmp_path,
             train("--knn-every", 1)
     monkeypatch.undo()
     assert train("--knn-every", 1) == 0
-    traces = [
-        [(row["step"], row["loss"], row.get("knn")) for row in read_metrics(tmp_path / o)] for o in ("run", "whole")
-    ]
-    assert traces[0] == traces[1]
-    assert "unjudged" not in checkpoint.load(tmp_path / "run" / "checkpoint_00000009.pt")["notes"]
+    assert_same_trace(tmp_path)
+
+
+@pytest.mark.parametrize("step", [6, 9], ids=["on the way", "at the end"])
+def test_a_signal_ends_the_judging_and_the_run_goes_on_with_that(train, tmp_path, monkeypatch, step):
+    """Judging a large dataset takes minutes; after a SIGTERM torchrun leaves half of one."""
+
+    def signalled(judge, bank, queries):
+        if judge.engine.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(judge, bank, queries)
+
+    measure = Judge._measure
+    assert train("--knn-every", 1, out="whole") == 0
+    monkeypatch.setattr(Judge, "_measure", signalled)
+    for _ in range(2):
+        assert train("--knn-every", 1) == 0
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert (status["status"], status["step"]) == ("preempted", step)
+        assert len(read_metrics(tmp_path / "run")) == step - 1
+    monkeypatch.undo()
+    assert train("--knn-every", 1) == 0
+    assert_same_trace(tmp_path)
 
 
 def test_without_val_it_trains_on(train, sample, tmp_path):

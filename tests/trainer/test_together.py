@@ -10,6 +10,7 @@ import torch.distributed as dist
 from dali_pipes import DatasetError
 from tests.ranks import run_on_ranks
 from trainer.distributed import together
+from trainer.signals import Stopped
 
 
 def one_fails(error):
@@ -20,12 +21,12 @@ def one_fails(error):
 
     try:
         return together(work)
-    except (DatasetError, FloatingPointError, torch.OutOfMemoryError) as met:
+    except (DatasetError, FloatingPointError, torch.OutOfMemoryError, Stopped) as met:
         dist.barrier()  # which would hang if the ranks disagreed
         return type(met).__name__, str(met)
 
 
-@pytest.mark.parametrize("kind", [DatasetError, FloatingPointError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("kind", [DatasetError, FloatingPointError, torch.OutOfMemoryError, Stopped])
 def test_an_error_of_one_rank_is_that_of_all(kind, tmp_path):
     assert run_on_ranks(one_fails, kind("no room"), folder=tmp_path) == [(kind.__name__, "no room")] * 2
 
