@@ -20,6 +20,7 @@ from benchmarks.gpu import GpuSampler
 from benchmarks.progress import Progress
 from benchmarks.results import Result, ResultError
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.file_check import check_file
 from dali_pipes.listing import training_tree
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
@@ -67,13 +68,14 @@ class Common:
         return found.at(np.linspace(0, len(found) - 1, count).astype(np.int64))  # from all over it
 
     def readable_by_all(self, progress: Progress) -> DatasetIndex:
-        """Of these images, those that every library here reads: JPEG, PNG and WebP files with names in UTF-8."""
+        """Of these images, those that every library here reads: whole JPEG, PNG and WebP files with names in UTF-8."""
         found = self.index(progress)
         rows = [
             row
             for row, path in enumerate(found.paths)
             if path.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))
             and os.fsencode(path) == path.encode(errors="replace")
+            and not check_file(path, "full").reason
         ]
         if not rows:
             raise ConfigError(f"--data {self.data} has no JPEG, PNG or WebP file, which all that is compared reads")

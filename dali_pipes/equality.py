@@ -11,11 +11,12 @@ import itertools
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from dali_pipes.augment import Augment, why_not_fused
 from dali_pipes.gap import Gap
 from dali_pipes.graph import decode
 from dali_pipes.index import DatasetIndex
-from dali_pipes.listing import training_tree
+from dali_pipes.listing import DatasetError, training_tree
 from dali_pipes.loader import ViewLoader, available
 from dali_pipes.order import epoch_permutation
 from dali_pipes.reference import load_image, reference_view
@@ -39,6 +40,7 @@ from dali_pipes.views import MOCO_V2, MOCO_V3, SIMCLR, Recipe, multi_crop
 
 # Of DINO's local views two show what eight would: they are of one chain.
 RECIPES = {"moco-v3": MOCO_V3, "moco-v2": MOCO_V2, "simclr": SIMCLR, "multi-crop": multi_crop(2)}
+Pixels = TypeVar("Pixels")
 _BATCH = 16  # images in memory at a time, decoded
 
 
@@ -113,13 +115,30 @@ def decoder_rows(index: DatasetIndex, draws: int, device: str = "cpu", seed: int
     gaps = defaultdict[str, Gap](Gap)
     for rows, _ in _chunks(index, min(draws, len(index)), seed):
         paths = [index.path(row) for row in rows]
-        theirs, ours = list(map(load_image, paths)), decode(paths, device)
+        theirs = _named(lambda some: list(map(load_image, some)), paths)
+        ours = _named(partial(decode, device=device), paths)
         gaps["decoder" if device == "cpu" else "JPEG engine on"] += Gap.between(ours, theirs)
         if device != "cpu":
             by_cuda = decode(paths, device, jpeg_engine=False)
             gaps["JPEG engine off"] += Gap.between(by_cuda, theirs)
             gaps["on against off"] += Gap.between(ours, by_cuda)
     return [Row.of(None, name, gap) for name, gap in gaps.items()]
+
+
+def _named(decoder: Callable[[list[str]], Pixels], paths: list[str]) -> Pixels:
+    """What a decoder gives for these files; an error, which names none of them, becomes one that does."""
+    try:
+        return decoder(paths)
+    except (OSError, RuntimeError):
+        for path in paths:
+            try:
+                decoder([path])
+            except (OSError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise DatasetError(
+                    f"{path} cannot be decoded ({reason}); training would set it aside: move it away and start again"
+                ) from None
+        raise
 
 
 def table(

@@ -13,6 +13,7 @@ from benchmarks import ablation, ablation_variants, loader, microbatch, referenc
 from benchmarks.command import Common, run
 from benchmarks.progress import Progress
 from dali_pipes import DatasetIndex
+from tests.dali_pipes.odd_files import broken_inside
 from trainer import engine, preparation
 
 LOADER: Any = (loader.Loader, loader.measure_loaders, loader.draw)
@@ -69,6 +70,7 @@ def test_files_that_not_all_read_are_left_out(tree, tmp_path):
             image.save(folder / f"{i}.jpg")
             image.save(folder / f"{i}.bmp")
             image.save(os.fsencode(folder) + b"/caf\xe9.jpg")
+    (folder / "broken.png").write_bytes(broken_inside(0))
     kept = Common(data=folder).readable_by_all(Progress("test"))
     assert [Path(path).name for path in kept.paths] == ["0.jpg", "1.jpg"]
 

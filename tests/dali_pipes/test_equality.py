@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from dali_pipes import MOCO_V3
+from dali_pipes import MOCO_V3, DatasetError, equality
 from dali_pipes.equality import decoder_rows, main, table
 from dali_pipes.gap import Gap
 from tests.dali_pipes.conftest import PHOTOS
+from tests.dali_pipes.odd_files import broken_inside, encoded, picture
 
 OPERATORS = [
     *("crop and resize", "brightness", "contrast", "saturation", "hue", "jitter in its own order"),
@@ -49,6 +50,23 @@ def test_the_table_and_the_file(tmp_path, capsys):
     assert written["versions"].keys() == {"pillow", "torchvision", "nvidia-dali-cuda120"}
     assert (written["augment"], len(written["decoder"])) == ("dali", 1)
     assert written["rows"][-1].keys() == {"size", "what", "mean", "most", "differ", "by_more"}
+
+
+@pytest.mark.parametrize("reader", ["Pillow", "DALI"])
+def test_a_file_that_cannot_be_decoded_is_named(reader, tmp_path, monkeypatch):
+    def decode(paths, device):
+        if any(path.endswith("b.png") for path in paths):
+            raise RuntimeError("Error in CPU operator\n`fn.decoders.image`")
+        return decode_all(paths, device)
+
+    decode_all = equality.decode
+    for name in "abc":
+        content = broken_inside(0) if name == "b" and reader == "Pillow" else encoded(picture(0), "PNG")
+        (tmp_path / f"{name}.png").write_bytes(content)
+    if reader == "DALI":
+        monkeypatch.setattr(equality, "decode", decode)
+    with pytest.raises(DatasetError, match=f"^{tmp_path / 'b.png'} cannot be decoded [^\n]*move it away"):
+        main(tmp_path, sizes=(32,), draws=3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,8 @@ from dali_pipes import MOCO_V3, ViewSpec, sample_params
 from dali_pipes.sampling import uniforms
 
 ROWS = np.arange(20_000)
+COINS = ("jitter", "grayscale", "blur", "solarize", "flip")
+FAIR = ViewSpec(**dict.fromkeys(COINS, 0.5))
 
 
 def draw(spec=MOCO_V3.views[1], view=0, seed=0, epoch=0, rows=ROWS, height=375, width=500):
@@ -30,8 +33,9 @@ def test_golden_numbers():
     p = sample_params(MOCO_V3.views[1], 1, 7, 3, [0, 1, 1_281_166], [375, 500, 40], [500, 375, 1200])
     assert np.stack([p.top, p.left, p.height, p.width]).tolist() == GOLDEN_BOXES
     assert p.order.tolist() == GOLDEN_ORDERS
-    coins = np.stack([p.jitter, p.grayscale, p.blur, p.solarize, p.flip]).astype(int)
-    assert coins.tolist() == GOLDEN_COINS
+    fair = draw(FAIR, view=1, seed=7, epoch=3, rows=np.arange(32))
+    coins = ["".join(map(str, getattr(fair, name).astype(int))) for name in COINS]
+    assert coins == GOLDEN_COINS
     factors = np.stack([p.brightness, p.contrast, p.saturation, p.hue, p.sigma])
     np.testing.assert_allclose(factors, GOLDEN_FACTORS, rtol=1e-12)
     assert uniforms(2**64 + 5, 0, 0, [3], 2).tolist() == uniforms(5, 0, 0, [3], 2).tolist() == GOLDEN_UNIFORMS
@@ -39,7 +43,13 @@ def test_golden_numbers():
 
 GOLDEN_BOXES = [[8, 41, 0], [58, 37, 573], [367, 397, 40], [383, 315, 53]]
 GOLDEN_ORDERS = [[0, 2, 1, 3], [1, 3, 0, 2], [1, 2, 0, 3]]
-GOLDEN_COINS = [[1, 1, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0], [1, 0, 1]]
+GOLDEN_COINS = [
+    "11100011101001100110101111001011",
+    "11010111010011101011111010011100",
+    "00010110110001100111001010001010",
+    "01000010111110101001010100100010",
+    "10000001010010110110100111011000",
+]
 GOLDEN_FACTORS = [
     [1.0527462166460635, 0.7183543649650685, 1.0787341927753944],
     [0.9186777001806734, 1.1588556908321674, 1.2674488887669992],
@@ -76,13 +86,13 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale):
     assert ks(ours[2] / ours[3], theirs[2] / theirs[3]) < 1.95
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 1200), (1200, 40), (1, 375), (375, 1), (1, 1), (7, 5)])
+@pytest.mark.parametrize(("height", "width"), [(40, 1200), (1200, 40), (1, 375), (375, 1), (1, 1), (2, 2), (7, 5)])
 def test_boxes_of_odd_shapes(height, width):
-    """Where no try fits, the largest allowed box, centred; as torchvision."""
+    """As torchvision: where no try fits, the largest allowed box, centred; and no box of no pixels."""
     torch.manual_seed(0)
     image = Image.new("L", (width, height))
-    theirs = np.array([RandomResizedCrop.get_params(image, (0.5, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)])
-    p = draw(ViewSpec(crop_scale=(0.5, 1.0)), rows=ROWS[:3000], height=height, width=width)
+    theirs = np.array([RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)])
+    p = draw(ViewSpec(crop_scale=(0.08, 1.0)), rows=ROWS[:3000], height=height, width=width)
     ours = np.stack([p.top, p.left, p.height, p.width], 1)
     theirs_only = {tuple(box) for box in theirs}
     if height in (40, 1, 375, 1200):  # never a fit: one box
@@ -137,6 +147,18 @@ def test_streams_are_independent():
             expected = len(ROWS) / 64
             assert ((pairs - expected) ** 2 / expected).sum() < 138, (axis, k)  # passed once in 6 million times
     assert ks(base.ravel()[::7], np.random.default_rng(0).uniform(size=90_000)) < 1.95
+
+
+def test_what_is_drawn_for_an_image_is_independent():
+    """No two share a number: with a blur's coin and strength of one, weak blurs would never be."""
+    p = draw(FAIR)
+    drawn = {name: getattr(p, name) for name in (*COINS, "brightness", "contrast", "saturation", "hue", "sigma")}
+    drawn |= {"order": p.order[:, 0], "top": (p.top + 0.5) / (376 - p.height), "left": (p.left + 0.5) / (501 - p.width)}
+    drawn |= {"area": p.height * p.width, "ratio": p.height / p.width}
+    for one, other in itertools.combinations(drawn, 2):
+        if (one, other) != ("area", "ratio"):  # of which some pairs do not fit into the image
+            related = np.corrcoef(drawn[one].astype(float), drawn[other].astype(float))[0, 1]
+            assert abs(related) < 4.5 / math.sqrt(len(ROWS)), (one, other)
 
 
 def test_addresses_do_not_collide():
