@@ -82,8 +82,8 @@ doctor: | $(READY) ## what this machine has, and what will be slow or missing on
 
 gpu-check: ## GPU tests and short benchmarks with .venv, or PYTHON as it stands; installs nothing
 	@python=$(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(PY))),$(PYTHON)); \
-	$$python -c 'import nvidia.dali, timm, torch, tyro' 2> /dev/null || \
-		{ echo "$$python lacks DALI, timm, torch or tyro; run make train first, or name another: make gpu-check PYTHON=…" >&2; exit 2; }; \
+	$$python -c 'import nvidia.dali, rich, timm, torch, tyro' 2> /dev/null || \
+		{ echo "$$python lacks DALI, rich, timm, torch or tyro; run make train first, or name another: make gpu-check PYTHON=…" >&2; exit 2; }; \
 	exec $$python -m benchmarks.gpu_check $(ARGS)
 
 clean: ## remove .venv, sample data and caches; runs stay

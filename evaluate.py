@@ -23,6 +23,7 @@ import torch.distributed as dist
 import tyro
 
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.counting import scan_shown
 from dali_pipes.listing import training_tree, validation_tree
 from dali_pipes.replacing import PART, write_atomically
 from trainer import handover
@@ -169,7 +170,7 @@ def _scan(data: Path, outside: bool) -> tuple[DatasetIndex, DatasetIndex]:
     if val_tree is None:
         lacks = "train" if training_tree(data) == data else "val"
         raise ConfigError(f"--data {data} has no {lacks}/; evaluation needs train/ and val/ with class folders")
-    train, val = (DatasetIndex.scan(tree, outside=outside) for tree in (training_tree(data), val_tree))
+    train, val = (scan_shown(tree, outside) for tree in (training_tree(data), val_tree))
     for index in (train, val):
         if index.rejected:
             path, reason = index.rejected[0]

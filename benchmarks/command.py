@@ -20,6 +20,7 @@ from benchmarks.gpu import GpuSampler
 from benchmarks.progress import Progress
 from benchmarks.results import Result, ResultError
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.counting import scan_shown
 from dali_pipes.file_check import check_file
 from dali_pipes.listing import training_tree
 from trainer.config import ConfigError
@@ -63,7 +64,7 @@ class Common:
         if self.data is None:
             progress.say(f"images: {self.images} generated in {FOLDER}")
             return generated(FOLDER, self.images)
-        found = DatasetIndex.scan(training_tree(self.data), outside=self.outside)
+        found = scan_shown(training_tree(self.data), self.outside)
         count = min(self.images, len(found))
         return found.at(np.linspace(0, len(found) - 1, count).astype(np.int64))  # from all over it
 

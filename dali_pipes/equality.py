@@ -28,6 +28,7 @@ from rich.table import Table
 
 from dali_pipes.alone import operator_gaps
 from dali_pipes.augment import Augment, why_not_fused
+from dali_pipes.counting import scan_shown
 from dali_pipes.gap import Gap
 from dali_pipes.graph import decode
 from dali_pipes.index import DatasetIndex
@@ -88,7 +89,7 @@ def main(
     if draws < 1 or min(sizes, default=0) < 1:
         raise ValueError(f"--draws {draws} --sizes {' '.join(map(str, sizes))}: give numbers above 0")
     available(device)
-    index = DatasetIndex.scan(training_tree(data), outside=outside)
+    index = scan_shown(training_tree(data), outside)
     if file is not None:
         file.open("ab").close()  # what cannot be written is told before the work
     chosen: Augment = "dali" if augment == "dali" else "fused"

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dali_pipes.counting import scan_shown
 from dali_pipes.index import DatasetIndex
 from dali_pipes.listing import training_tree
 from dali_pipes.loader import Batch, ViewLoader
@@ -52,7 +53,7 @@ def main(
         crop_min: smallest crop, as a share of the image's area.
         outside: let a list file name images outside of its folder.
     """
-    index = DatasetIndex.scan(training_tree(data), outside=outside)
+    index = scan_shown(training_tree(data), outside)
     recipe = MOCO_V3.with_crop_min(crop_min).scaled(image_size)
     loader = ViewLoader(index, recipe, min(count, len(index)), seed, image_size=image_size)
     loader.set_epoch(epoch)

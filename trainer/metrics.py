@@ -18,7 +18,6 @@ from torch.utils.tensorboard import SummaryWriter
 from dali_pipes.replacing import write_atomically
 
 METRICS = "metrics.jsonl"
-_SILENCE = 30.0  # seconds between lines of progress where no terminal shows it live
 
 
 class WaitClock:
@@ -144,33 +143,6 @@ class Display:
         self._total, self._first, self._started = total, step, time.monotonic()
         self._task = self._bar.add_task("training", total=total, completed=step)
         self._bar.start()
-
-    @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Gives what to call with the number of things done and of all: shown live on a terminal until the block ends.
-
-        Elsewhere a line every half a minute, so that a quick count says nothing.
-        """
-        said = time.monotonic()
-        with Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self._live,
-        ) as bar:
-            task = bar.add_task(what, total=None)
-
-            def count(done: int, total: int) -> None:
-                nonlocal said
-                bar.update(task, completed=done, total=total)
-                if not self._live and time.monotonic() - said > _SILENCE:
-                    self.say(f"{what}: {done} of {total}")
-                    said = time.monotonic()
-
-            yield count
 
     def say(self, line: str) -> None:
         """A line of its own."""

@@ -14,6 +14,7 @@ import torch
 
 from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.augment import missing_c_compiler, why_not_fused
+from dali_pipes.counting import scan_shown
 from dali_pipes.failures import tolerated
 from dali_pipes.listing import training_tree, validation_tree
 from dali_pipes.replacing import write_atomically
@@ -214,8 +215,7 @@ def _scan_val(tree: Path, display: Display, outside: bool) -> DatasetIndex | Non
 
 
 def _scan(tree: Path, display: Display, outside: bool) -> DatasetIndex:
-    with display.counting(f"looking at the images in {tree}") as progress:
-        index = DatasetIndex.scan(tree, progress=progress, outside=outside)
+    index = scan_shown(tree, outside, display.console)
     if index.rejected:
         path, reason = index.rejected[0]
         display.say(f"{tree}: {len(index.rejected)} files set aside, first {path}: {reason}")

@@ -13,7 +13,7 @@ from dali_pipes.sampling import uniforms
 
 ROWS = np.arange(20_000)
 COINS = ("jitter", "grayscale", "blur", "solarize", "flip")
-FAIR = ViewSpec(**dict.fromkeys(COINS, 0.5))
+FAIR = ViewSpec(jitter=0.5, grayscale=0.5, blur=0.5, solarize=0.5, flip=0.5)
 
 
 def draw(spec=MOCO_V3.views[1], view=0, seed=0, epoch=0, rows=ROWS, height=375, width=500):
