@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,9 @@ class ScanCache:
         self._looks = Looks.joined([])
         if file is None:
             return
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                self._read(stored)
-        except FileNotFoundError:
-            pass
-        except Exception:  # whatever is wrong with it, the images can be looked at again
-            self._rows.clear()
+        # Where there is none, or whatever is wrong with it: the images can be looked at again.
+        with suppress(Exception), np.load(file, allow_pickle=False) as stored:
+            self._read(stored)
 
     def _read(self, stored: Any) -> None:
         text = json.loads(stored["text"].tobytes())

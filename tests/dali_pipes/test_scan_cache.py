@@ -183,6 +183,32 @@ def test_a_damaged_cache_is_a_new_scan(tree, opened, home, damage):
     assert opened() == []
 
 
+def test_what_another_pillow_found_is_looked_at_anew(tree, opened, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.__version__", "1.0")
+        DatasetIndex.scan(tree)
+    opened()
+    DatasetIndex.scan(tree)
+    assert len(opened()) == 8
+
+
+def test_nothing_in_a_cache_is_executed(tree, opened, home):
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (tree / "executed",)
+
+    first = DatasetIndex.scan(tree)
+    (file,) = home.iterdir()
+    with np.load(file) as stored:
+        columns = dict(stored)
+    for name in columns:
+        np.savez(file, allow_pickle=True, **{**columns, name: np.array([Malicious()], object)})
+        opened()
+        assert content(DatasetIndex.scan(tree)) == content(first)
+        assert len(opened()) == 8
+    assert not (tree / "executed").exists()
+
+
 def test_trees_and_levels_have_caches_of_their_own_for_this_user_alone(tree, opened, home, tmp_path):
     other = tmp_path / "other"
     write(other / "class0" / "0.jpg", encoded(picture(5, 99), "JPEG"))
