@@ -27,6 +27,7 @@ from dali_pipes.counting import scan_shown
 from dali_pipes.listing import training_tree, validation_tree
 from dali_pipes.replacing import PART, write_atomically
 from trainer import handover
+from trainer.checkpoint import NO_MEMORY
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device, gathered, join
 from trainer.engine import build_model
@@ -57,6 +58,10 @@ def main(argv: Sequence[str]) -> int:
         return _report(error)
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        if error.filename is None:
+            raise  # of no file
+        return _report(error)
 
 
 def _main(argv: list[str], world: World) -> int:
@@ -68,15 +73,18 @@ def _main(argv: list[str], world: World) -> int:
         found = handover.lead(store, READY, lambda: _find(argv, world), lambda each: str(each.run.file), _report)
         if found is None:
             return 2
-        command, run = found.command, found.run
+        command = found.command
     else:
         file = handover.follow(store, READY)
         if file is None:
             return 2
         command = _parse(argv, quiet=True)
+    try:
         # A run that is still training may have a newer checkpoint by now: all ranks take the one that rank 0 found.
-        run = open_run(command.run, Path(file))
-    device = choose_device(command.device, world)
+        run = found.run if found is not None else open_run(command.run, Path(file))
+        device = choose_device(command.device, world)
+    except ConfigError as error:  # of another machine than rank 0's
+        return handover.report_once(store, partial(_report, error))
     join(world, store, device, TIMEOUT)
     trees: list[DatasetIndex | None] = [found.train, found.val] if found is not None else [None, None]
     if dist.is_initialized():
@@ -88,16 +96,22 @@ def _main(argv: list[str], world: World) -> int:
         _evaluate(command, run, train, val, world, device)
     except (ConfigError, DatasetError, FloatingPointError) as error:
         return handover.report_once(store, partial(_report, error))
-    except torch.OutOfMemoryError:
-        mend = "use --device cpu" if isinstance(command, Knn) else "use a smaller --batch-size"
-        return handover.report_once(store, partial(_report, ConfigError(f"{device} is out of memory; {mend}")))
-    except RuntimeError:
+    except RuntimeError as error:
         if handover.reported(store):  # another rank has ended, and said why
             return 2
-        raise
+        if not isinstance(error, torch.OutOfMemoryError) and NO_MEMORY not in str(error):
+            raise
+        return handover.report_once(store, partial(_report, ConfigError(_out_of_memory(command, device))))
     if dist.is_initialized():  # not after an error: it may wait for ranks that are stuck
         dist.destroy_process_group()
     return 0
+
+
+def _out_of_memory(command: Evaluation, device: torch.device) -> str:
+    mend = "use a smaller --batch-size"
+    if isinstance(command, Knn):
+        mend = "use --device cpu" if device.type == "cuda" else "the features of all images have to fit"
+    return f"{device} is out of memory; {mend}"
 
 
 def _report(error: Exception) -> int:
@@ -175,6 +189,10 @@ def _scan(data: Path, outside: bool) -> tuple[DatasetIndex, DatasetIndex]:
         if index.rejected:
             path, reason = index.rejected[0]
             print(f"{index.tree}: {len(index.rejected)} files set aside, first {path}: {reason}")
+    for name, index in (("train", train), ("val", val)):
+        if not index.classes:
+            lacks = f"{name}.txt has no labels" if data.is_file() else f"{name}/ has no class folders"
+            raise ConfigError(f"--data {data}: {lacks}; evaluation needs them in both")
     if not val.labelled_as(train):
         odd = sorted(set(train.classes) ^ set(val.classes))[0]
         where, other = ("train", "val") if odd in train.classes else ("val", "train")
@@ -191,19 +209,20 @@ def _evaluate(
         run = dataclasses.replace(run, model=build_model(run.config, sync_bn=False))
     evaluator, started = Evaluator(command, run, world, device), time.monotonic()
     evaluator.say(
-        f"{run.config.model.arch} {'before the first step' if command.untrained else f'after {run.step} steps'}, "
+        f"{run.config.model.arch} {'untrained' if command.untrained else f'after {run.step} steps'}, "
         f"{len(train)} images in train/, {len(val)} in val/, {len(train.classes)} classes, {world.size} x {device.type}"
     )
     result = evaluator.evaluate(command, train, val)
     failed = sorted({line for lines in gathered(evaluator.reader.failed) for line in lines})
     if world.rank:
         return
+    flags = {name: value for name, value in vars(command).items() if name not in ("run", "name")}
     facts: dict[str, Any] = {
         "kind": command.kind,
         "run": str(run.folder.absolute()),
         "step": 0 if command.untrained else run.step,
         "images": {"train": len(train), "val": len(val), "classes": len(train.classes)},
-        "flags": {name: value for name, value in vars(command).items() if name not in ("run", "name")},
+        "flags": {**flags, "data": command.data.absolute()},
         **result,
         "failed": failed,
         "seconds": time.monotonic() - started,

@@ -28,8 +28,8 @@ from trainer.distributed import World, choose_device
 
 
 @dataclass(frozen=True)
-class Common:
-    """What every benchmark takes."""
+class Setting:
+    """What is measured on."""
 
     data: Path | None = None
     """Folder of images, or a list file; None: generated JPEGs with ImageNet's sizes, in data/benchmark."""
@@ -40,24 +40,15 @@ class Common:
     outside: bool = False
     """Let a list file (`--data`) name images outside of its folder."""
     workers: int | None = None
-    """Threads of DALI, and processes of a DataLoader; None: this process's cores, at most 16."""
+    """Threads of DALI and processes of a DataLoader, where images are loaded; None: as many as cores, at most 16."""
     rounds: int = 7
-    """Repeats of every measurement, taken in turns, so that a slow minute meets all alike."""
-    out: Path = Path("benchmarks/results")
-    """Folder of the JSON and the PNG."""
-    quick: bool = False
-    """A short form: that everything runs, in under a minute; its numbers say little."""
+    """Repeats of a measurement (in sweeps at most 3), taken in turns, so that a slow minute meets all alike."""
 
     def check(self) -> None:
         """Raise `ConfigError` for values that cannot work."""
         for flag, value in {"--images": self.images, "--rounds": self.rounds, "--workers": self.workers}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value} is too small; use 1 or more")
-        folder = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.exists())
-        if not folder.is_dir():
-            raise ConfigError(f"--out {self.out} is not a folder")
-        if not os.access(folder, os.W_OK):
-            raise ConfigError(f"--out {self.out}: {folder} cannot be written")
 
     def index(self, progress: Progress) -> DatasetIndex:
         """The images to measure on."""
@@ -87,6 +78,25 @@ class Common:
     def chosen_device(self) -> torch.device:
         """The device, with its number."""
         return choose_device(self.device, World())
+
+
+@dataclass(frozen=True)
+class Common(Setting):
+    """What every benchmark takes that leaves a result."""
+
+    out: Path = Path("benchmarks/results")
+    """Folder of the JSON and the PNG."""
+    quick: bool = False
+    """A short form: that everything runs, in under a minute; its numbers say little."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for values that cannot work."""
+        super().check()
+        folder = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.exists())
+        if not folder.is_dir():
+            raise ConfigError(f"--out {self.out} is not a folder")
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"--out {self.out}: {folder} cannot be written")
 
 
 class Benchmark(Protocol):

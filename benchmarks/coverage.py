@@ -9,6 +9,7 @@ do than on a machine whose state does not change between runs in 99 of 100 cases
 
 import itertools
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import dali_sources
-from benchmarks.command import Common
+from benchmarks.command import Setting
 from benchmarks.environment import busy, environment
 from benchmarks.measure import Estimate, estimate
 from benchmarks.progress import Progress
@@ -40,7 +41,7 @@ GROUP = "loader"
 class Coverage:
     """How often an interval holds the median of a rerun."""
 
-    common: Common = field(default_factory=lambda: Common(images=64))
+    common: Setting = field(default_factory=lambda: Setting(images=64))
     reruns: int = 10
     """Intervals that are judged, each by the run after it."""
     batch_size: int = 8
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(flags: Coverage, images: DatasetIndex, device: torch.device, progress: Progress) -> dict[str, Estimate]:
     """One run of a loader benchmark as any user starts it, pipelines built anew: rates by name."""
-    threads = flags.common.workers or min(16, torch.get_num_threads())
+    threads = flags.common.workers or min(16, len(os.sched_getaffinity(0)))
     batch = flags.batch_size
     sources: dict[str, Source] = {
         "dali: decode only": dali_sources.decode_only(images, batch, threads, device),

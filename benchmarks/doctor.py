@@ -23,7 +23,7 @@ from rich.text import Text
 from benchmarks.environment import PACKAGES, ROOT, commit, cpu_model, package_version
 
 State = Literal["ok", "note", "slow", "missing"]
-LEAST_FREE_GB = 20  # a ViT-B checkpoint is 1.5 GB, and two are kept
+LEAST_FREE_GB = 20  # a ViT-B checkpoint is 1.7 GB, and two are kept
 CORES_A_GPU = 8  # below it the host may not keep up with a GPU that decodes
 
 

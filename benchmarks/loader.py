@@ -48,7 +48,7 @@ class Loader:
     image_size: int = 224
     """Side of the views, in pixels."""
     seconds: float = 1.0
-    """At least so long does one window last."""
+    """At least so long does one window last; half as long in sweeps."""
     sweeps: bool = True
     """Also vary batch, threads, view size and JPEG size of the full two views; on a GPU the JPEG engine's share."""
 

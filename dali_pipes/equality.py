@@ -136,9 +136,8 @@ def _named(decoder: Callable[[list[str]], Pixels], paths: list[str]) -> Pixels:
                 decoder([path])
             except (OSError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
-                raise DatasetError(
-                    f"{path} cannot be decoded ({reason}); training would set it aside: move it away and start again"
-                ) from None
+                mend = "another image stands in for it in training; here, move it away and start again"
+                raise DatasetError(f"{path} cannot be decoded ({reason}); {mend}") from None
         raise
 
 

@@ -115,9 +115,10 @@ class DatasetIndex:
         )
 
     def labelled_as(self, other: "DatasetIndex") -> bool:
-        """Whether labels mean the same in both: the classes are the same, or are numbers, all of them the other's."""
+        """Whether both have labels that mean the same: of the same classes, or numbers, all of them the other's."""
         numbers = tuple(map(str, range(len(self.classes))))
-        return self.classes == other.classes or self.classes == numbers == other.classes[: len(numbers)]
+        same = self.classes == other.classes or self.classes == numbers == other.classes[: len(numbers)]
+        return bool(self.classes) and same
 
     def lost(self, now: "DatasetIndex") -> list[int] | None:
         """Rows that a later scan of the tree does not have as they were; None if the two differ in anything else."""

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -22,6 +23,7 @@ from dali_pipes.index import DatasetIndex
 from dali_pipes.listing import training_tree
 from dali_pipes.loader import Batch, ViewLoader
 from dali_pipes.reference import load_image
+from dali_pipes.replacing import replacing
 from dali_pipes.sampling import SampleParams, sample_params
 from dali_pipes.views import MOCO_V3, Recipe
 
@@ -53,6 +55,10 @@ def main(
         crop_min: smallest crop, as a share of the image's area.
         outside: let a list file name images outside of its folder.
     """
+    if (kind := out.suffix.lower().removeprefix(".")) not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"--out {out}: its ending names no type of picture; use .png")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
     index = scan_shown(training_tree(data), outside)
     recipe = MOCO_V3.with_crop_min(crop_min).scaled(image_size)
     loader = ViewLoader(index, recipe, min(count, len(index)), seed, image_size=image_size)
@@ -61,7 +67,8 @@ def main(
     rows = batch.indices.numpy()
     sizes = index.heights[rows], index.widths[rows]
     drawn = [sample_params(spec, view, seed, epoch, rows, *sizes) for view, spec in enumerate(recipe.views)]
-    picture(index, recipe, batch, drawn).savefig(out, dpi=100)
+    with replacing(out) as stream:
+        picture(index, recipe, batch, drawn).savefig(stream, format=kind, dpi=100)
     print(f"{out}: {len(rows)} of {len(index)} images, seed {seed}, epoch {epoch}")
 
 

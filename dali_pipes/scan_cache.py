@@ -18,7 +18,7 @@ from dali_pipes.file_check import FileCheck, Level
 from dali_pipes.replacing import replacing
 
 Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds since 1970
-_VERSION = 3  # of the format, and of what makes `check_file` reject
+_VERSION = 4  # of the format, and of what makes `check_file` reject
 # A file that changed so short before it was looked at could change again within the same tick of its disk's clock.
 _SETTLED = 2_000_000_000  # nanoseconds; the coarsest clock, FAT's, ticks every two seconds
 _UNKNOWN = (-1, -1)  # stands for the stamp of what is not to be remembered

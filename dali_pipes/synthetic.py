@@ -14,6 +14,7 @@ What makes generated images worth pre-training on:
 
 import ctypes
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -21,7 +22,9 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -246,6 +249,18 @@ def _start_worker() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; where the filesystem has no locks, as many as there are."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _is_complete(out: Path, parameters: str) -> bool:
     """Whether nothing is left to do in `out`; FileExistsError if it holds anything but this dataset."""
     if not os.path.lexists(out):
@@ -300,7 +315,13 @@ def generate(
     if _is_complete(out, parameters):
         return 0
 
-    (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        return 0 if _is_complete(out, parameters) else _draw(out, seed, counts, parameters, processes)
+
+
+def _draw(out: Path, seed: int, counts: dict[str, int], parameters: str, processes: int | None) -> int:
+    (out / UNFINISHED).mkdir(exist_ok=True)
     (out / UNFINISHED / MARKER).write_text(parameters)
     for split in SPLITS:
         for class_name in CLASSES:

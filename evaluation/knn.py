@@ -76,7 +76,7 @@ def accuracy(
         raise FloatingPointError(f"features of {odd} of {len(bank) + len(queries)} images are not finite")
     classes = int(torch.maximum(bank_labels.max(), labels.max())) + 1
     right = 0
-    rows = max(1, 2**26 // len(bank))  # so that the similarities of a slice take 256 MiB
+    rows = max(1, 2**26 // max(len(bank), classes))  # so that similarities and votes of a slice take 256 MiB each
     for start in range(0, len(queries), rows):
         similarity, nearest = (queries[start : start + rows] @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(similarity), classes, device=bank.device)

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 
 _PREFIX = "module."
+_OWN = "a checkpoint of train_ddp.py"
 _PARTS = ("base_encoder.", "momentum_encoder.", "predictor.")
 
 
 class UnreadableFile(ValueError):
     """Not a file of PyTorch's, or a damaged one."""
+
+
+class OwnCheckpoint(ValueError):
+    """A checkpoint of train_ddp.py, which has a reader of its own."""
 
 
 class OfficialCheckpoint(NamedTuple):
@@ -58,8 +63,8 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_official(file: str | os.PathLike[str]) -> OfficialCheckpoint:
     """Reads a pre-training file (`checkpoint_0299.pth.tar`, `vit-s-300ep.pth.tar`) to the CPU, executing no code in it.
 
-    Raises ValueError, saying what it is, for any other file (UnreadableFile where torch cannot tell), and OSError for
-    one that cannot be opened.
+    Raises ValueError, saying what it is, for any other file: UnreadableFile where torch cannot tell, OwnCheckpoint for
+    one of train_ddp.py. Raises OSError for one that cannot be opened.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -71,7 +76,9 @@ def load_official(file: str | os.PathLike[str]) -> OfficialCheckpoint:
             raise ValueError(f"{os.fspath(file)}: not opened, as it holds code, {code[1]}") from error
         raise UnreadableFile(f"{os.fspath(file)}: not a PyTorch file of tensors and plain values") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
-        raise ValueError(f"{os.fspath(file)}: not a checkpoint of the MoCo v3 release but {_kind_of_content(content)}")
+        kind = _kind_of_content(content)
+        refusal = OwnCheckpoint if kind == _OWN else ValueError
+        raise refusal(f"{os.fspath(file)}: not a checkpoint of the MoCo v3 release but {kind}")
     try:
         state_dict = from_official(content["state_dict"])
     except ValueError as error:
@@ -191,5 +198,5 @@ def _kind_of_content(content: Any) -> str:
     if set(content) == {"model"}:
         return "a backbone in DeiT's format"
     if {"format", "model", "loader"} <= content.keys():
-        return "a checkpoint of train_ddp.py"
+        return _OWN
     return f"a dict of {', '.join(str(key) for key in list(content)[:3]) or 'nothing'}"

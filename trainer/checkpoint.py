@@ -20,7 +20,7 @@ from trainer.config import ConfigError
 FORMAT = 2
 LATEST = "latest"
 _SEAL = b"sha256:"
-_NO_MEMORY = "DefaultCPUAllocator"  # torch names it where it cannot allocate
+NO_MEMORY = "DefaultCPUAllocator"  # torch names it where it cannot allocate
 _SEAL_SIZE = len(_SEAL) + 64
 _CONTENT: dict[str, type | tuple[type, ...]] = {
     "step": int,
@@ -57,7 +57,8 @@ def save(folder: Path, state: dict[str, Any], keep: int, keep_steps: int | None 
     Those whose step is a multiple of `keep_steps` stay for good.
 
     Raises:
-        OSError: it could not be written (disk full, read-only); the older checkpoints and `latest` are untouched.
+        OSError: it could not be written (disk full, read-only); the older checkpoints and `latest` are untouched. Or it
+            is there, and an older one could not be removed.
     """
     file = folder / f"checkpoint_{state['step']:08d}.pt"
     try:
@@ -65,14 +66,17 @@ def save(folder: Path, state: dict[str, Any], keep: int, keep_steps: int | None 
             torch.save({"format": FORMAT, "versions": versions(), **state}, stream)
             _seal(stream)
         write_atomically(folder / LATEST, f"{file.name}\n".encode())
-        files = _newest_first(folder)
-        # What stands after this step was damaged, or the run would have gone on from there.
-        later, kept = files[: files.index(file)], files[files.index(file) :]
-        stale = [old for old in kept[keep:] if not keep_steps or _step_of(old) % keep_steps] if keep else []
-        for old in [*later, *stale]:
-            old.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{file} could not be written: {error}") from error
+    files = _newest_first(folder)
+    # What stands after this step was damaged, or the run would have gone on from there.
+    later, kept = files[: files.index(file)], files[files.index(file) :]
+    stale = [old for old in kept[keep:] if not keep_steps or _step_of(old) % keep_steps] if keep else []
+    for old in [*later, *stale]:
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(f"{old} could not be removed: {error}") from error
     return file
 
 
@@ -119,7 +123,7 @@ def load(file: Path) -> dict[str, Any]:
     except (OSError, MemoryError) as error:
         raise UnreadableNow(f"checkpoint {file} cannot be read now: {error or 'out of memory'}; try again") from None
     except Exception as error:  # whatever bytes are in the file: torch raises many types for what it cannot read
-        if _NO_MEMORY in str(error):
+        if NO_MEMORY in str(error):
             raise UnreadableNow(f"checkpoint {file} cannot be read now: out of memory; try again") from None
         raise ConfigError(f"checkpoint {file} cannot be read: {_reason(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -128,7 +128,8 @@ class Run:
     deterministic: bool = False
     """The same command gives the same numbers bit for bit, also on a GPU, where it may be slower."""
     on_nan: Literal["skip", "stop"] = "stop"
-    """When loss or gradients are not finite, that step changes nothing; then stop at the next log line, or go on."""
+    """When loss or gradients are not finite, that step changes nothing; then stop at the next log line, or go on.
+    A hundred such steps in a row end the run either way."""
     knn: bool = True
     """k-NN accuracy before the first step and after the last (needs val/ and classes)."""
     knn_every: int = 0

@@ -21,7 +21,7 @@ class Evaluation:
     outside: bool = False
     """Let the lists name images outside of their own folder."""
     untrained: bool = False
-    """Evaluate the network as it was before the first step instead, for comparison."""
+    """Evaluate a network of the run's --seed that has learned nothing instead, for comparison."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU, or the CPU where the machine has none."""
     amp: Literal["off", "bf16", "fp16"] = "off"
@@ -30,7 +30,7 @@ class Evaluation:
     workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
     """DALI threads a rank; None: the machine's cores shared among its ranks, at most 16."""
     name: str | None = None
-    """Of the result, RUN/eval/NAME.json; None: the kind of evaluation.
+    """Of the result, RUN/eval/NAME.json; None: the kind of evaluation, or KIND-untrained.
     An older one of that name is replaced, if it is of the same --data."""
 
     @property

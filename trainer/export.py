@@ -28,6 +28,7 @@ from trainer import checkpoint
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
 from trainer.engine import build_model
+from trainer.eval_reader import CROP, RESIZE
 from trainer.run_folder import CONFIG
 
 Format = Literal["timm", "official", "deit"]
@@ -75,7 +76,8 @@ def open_run(folder: Path, file: Path | None = None) -> TrainedRun:
         ConfigError: there is no run, or it has no whole checkpoint.
     """
     if not folder.is_dir():
-        raise ConfigError(f"--run {folder}: no such folder")
+        wrong = "is a file; name the run's folder" if folder.exists() else "no such folder"
+        raise ConfigError(f"--run {folder}: {wrong}")
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"--run {folder} holds no run of train_ddp.py: it has no {CONFIG}")
     warnings: list[str] = []
@@ -88,9 +90,13 @@ def open_run(folder: Path, file: Path | None = None) -> TrainedRun:
         raise ConfigError(f"--run {folder}: {str(error).removesuffix('. Name another --out')}") from None
     if file is None or state is None:
         raise ConfigError(f"--run {folder} has no checkpoint yet; train it first")
-    config = configuration.replace(Config(), **state["flags"])
-    model = build_model(config, sync_bn=False).to(getattr(torch, config.run.dtype))
-    model.load_state_dict(state["model"])
+    try:
+        config = configuration.replace(Config(), **state["flags"])
+        model = build_model(config, sync_bn=False).to(getattr(torch, config.run.dtype))
+        model.load_state_dict(state["model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--run {folder}: {file.name} does not fit what is installed here: {reason}") from None
     return TrainedRun(folder, file, config, model, state, warnings)
 
 
@@ -113,7 +119,9 @@ def export(run: TrainedRun, out: Path, form: Format) -> dict[str, Any]:
         raise ConfigError(f"--format official: the reference has no {arch}; use --format timm or --format deit")
 
     about = description(run, form, out.name)
-    weights = {name: value.contiguous() for name, value in run.model.backbone_state_dict().items()}
+    # Each one by itself: safetensors refuses what shares memory, as some of timm's models do.
+    found = run.model.backbone_state_dict().items()
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in found}
     try:
         with replacing(out) as stream:
             if form == "timm":
@@ -122,6 +130,7 @@ def export(run: TrainedRun, out: Path, form: Format) -> dict[str, Any]:
                 torch.save({"model": weights} if form == "deit" else official_checkpoint(run), stream)
         write_atomically(beside, (json.dumps(about, indent=2) + "\n").encode())
     except OSError as error:
+        out.unlink(missing_ok=True)  # nothing was there, and without the other file it does not say how to load it
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     return about
 
@@ -202,16 +211,23 @@ def _builder(run: TrainedRun) -> Builder:
     if arch not in VISION_TRANSFORMERS:
         pretrained = timm.get_pretrained_cfg(arch)
         sized = {"img_size": size} if pretrained is not None and pretrained.fixed_input_size else {}
-        return Builder(
-            "timm.create_model", {"model_name": arch, "num_classes": 0, **sized, **run.config.model.backbone}
-        )
+        return _by_timm(arch, size, {**sized, **run.config.model.backbone})
     vit: Any = run.model.base_encoder
     sizes = {"embed_dim": vit.embed_dim, "depth": len(vit.blocks), "num_heads": _attention_heads(vit)}
     if "conv" in arch:
         return Builder("model.vision_transformer.vision_transformer", {"arch": arch, "image_size": size, **sizes})
     # Said in full, as timm's vit_small has 6 heads, with which these weights load as well and give wrong features.
-    name = f"{arch}_patch16_224"
-    return Builder("timm.create_model", {"model_name": name, "num_classes": 0, "img_size": size, **sizes})
+    return _by_timm(f"{arch}_patch16_224", size, {"img_size": size, **sizes})
+
+
+def _by_timm(name: str, size: int, arguments: dict[str, Any]) -> Builder:
+    """With the images as they were in training, which timm's `resolve_model_data_config` then tells its users: its own
+    entry has other means for ViTs.
+    """
+    images = {"input_size": (3, size, size), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    overlay = {**images, "interpolation": "bilinear", "crop_pct": CROP / RESIZE, "crop_mode": "center"}
+    model = {"model_name": name, "num_classes": 0, "pretrained_cfg_overlay": overlay}
+    return Builder("timm.create_model", {**model, **arguments})
 
 
 def _reading(form: str, file: str, head: str) -> list[str]:
@@ -250,7 +266,7 @@ def main(argv: Sequence[str]) -> int:
         for warning in run.warnings:
             print(f"warning: {warning}; taking the one before")
         about = export(run, command.out, command.format)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"trainer.export: error: {error}", file=sys.stderr)
         return 2
     after = f"{about['step']} steps ({about['epochs']} epochs)"

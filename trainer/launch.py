@@ -22,7 +22,7 @@ from trainer.engine import Engine, build_model
 from trainer.heartbeat import Heartbeat
 from trainer.judgement import Judge, conclude, judgeable, read_summary, write_summary
 from trainer.loop import UNJUDGED, TrainingError, fit
-from trainer.memory import fitting_batch, fitting_microbatch
+from trainer.memory import fitting_batch, fitting_microbatch, lighter
 from trainer.metrics import Display, MetricsLog
 from trainer.preparation import TRAIN_INDEX, VAL_INDEX, Start, prepare
 from trainer.saving import Saver
@@ -43,8 +43,8 @@ def run(argv: Sequence[str]) -> int:
     """
     try:
         return _run(list(argv), World.from_environment())
-    except DatasetError as error:  # of one rank's own images
-        return _report(error, 2)
+    except DatasetError as error:  # of one rank's own images, which failed under way
+        return _report(error, 1)
     except (ConfigError, TrainingError) as error:
         code = 2 if isinstance(error, ConfigError) else 1
         if dist.is_initialized() and dist.get_rank():
@@ -131,8 +131,7 @@ def _train(
     # From here on, as what comes before the first step may take minutes, and a machine may be taken away in them, too.
     with status.during(lambda: begun if trained is None else trained.step):
         join(world, store, device, config.run.timeout)
-        index = DatasetIndex.load(out / TRAIN_INDEX)
-        val = DatasetIndex.load(out / VAL_INDEX) if start.has_val else None
+        index, val = together(partial(_indices, start, world))
         threads = config.data.workers or world.default_threads()
         engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
         settle(engine)
@@ -145,6 +144,14 @@ def _train(
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
+
+
+def _indices(start: Start, world: World) -> tuple[DatasetIndex, DatasetIndex | None]:
+    """Of the training and the validation images, as rank 0 has written them."""
+    out = start.config.run.out
+    if not (out / TRAIN_INDEX).exists():
+        raise ConfigError(f"--out {out}: rank {world.rank} does not see what rank 0 wrote; let all nodes share it")
+    return DatasetIndex.load(out / TRAIN_INDEX), DatasetIndex.load(out / VAL_INDEX) if start.has_val else None
 
 
 def _complete(engine: Engine, judge: Judge) -> bool:
@@ -250,18 +257,19 @@ def _out_of_memory(start: Start, world: World, device: torch.device, store: dist
     config = start.config
 
     def advise() -> None:
+        bound = start.checkpoint is not None and resume.binds(start.checkpoint)
+        untried = lighter(config, bound)
         if of_loader:
-            mend = "use a smaller --microbatch, --checkpoint-activations or more GPUs"
-            if start.checkpoint is None:
-                mend += ", or a smaller --batch-size"
-            error = f"--batch-size {config.optim.batch_size}: {device} has no memory left for a batch's images; {mend}"
-            _report(ConfigError(error), 2)
-            return
-        mends = {"--microbatch {}, which learns the same": fitting_microbatch(config, world, device)}
-        if start.checkpoint is None:  # a run that goes on is bound to its batch
-            mends["--batch-size {}"] = fitting_batch(config, world, device)
-        fits = " or ".join(flag.format(size) for flag, size in mends.items() if size)
-        mend = f"a step fits with {fits}" if fits else "no batch fits; use a smaller --arch or --image-size"
-        _report(ConfigError(f"--batch-size {config.optim.batch_size}: {device} is out of memory; {mend}"), 2)
+            if not bound:
+                untried.append("a smaller --batch-size")
+            what = f"has no memory left for a batch's images; use {' or '.join(untried)}"
+        else:
+            mends = {"--microbatch {}, which learns the same": fitting_microbatch(config, world, device)}
+            if not bound:
+                mends["--batch-size {}"] = fitting_batch(config, world, device)
+            fits = [flag.format(size) for flag, size in mends.items() if size]
+            mend = f"a step fits with {' or '.join(fits)}" if fits else f"use {' or '.join(untried)}"
+            what = f"is out of memory; {mend}"
+        _report(ConfigError(f"--batch-size {config.optim.batch_size}: {device} {what}"), 2)
 
     return handover.report_once(store, advise)

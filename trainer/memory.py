@@ -2,13 +2,14 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from model.moco import Pair
-from trainer.config import Config, ConfigError
+from trainer.config import Config, ConfigError, replace
 from trainer.distributed import World
 from trainer.engine import autocast, build_model, build_optimizer
 from trainer.guard import Guard
@@ -35,6 +36,19 @@ def fitting_batch(config: Config, world: World, device: torch.device) -> int | N
     microbatch, share = config.run.microbatch, config.optim.batch_size // world.size // 2
     fits = _largest(share, 2, lambda share: _step(config, device, share, microbatch))
     return fits and fits * world.size
+
+
+def lighter(config: Config, bound: bool) -> list[str]:
+    """What may take less memory, of that which the run can be given; `bound`: it goes on, and must learn the same."""
+    found = []
+    with suppress(ConfigError):
+        check_microbatch(1, config.model.arch, build_model(config, sync_bn=False))
+        found.append("a smaller --microbatch")
+    if not config.run.checkpoint_activations:
+        with suppress(ValueError):
+            build_model(replace(config, checkpoint_activations=True), sync_bn=False)
+            found.append("--checkpoint-activations")
+    return [*found, "more GPUs", *([] if bound else ["a smaller --arch or --image-size"])]
 
 
 def release() -> None:

@@ -198,7 +198,10 @@ def _as_started(now: DatasetIndex, origin: Path, most: int | None, display: Disp
     file = origin / TRAIN_INDEX
     if not file.exists():
         return now, []
-    started = DatasetIndex.load(file, tree=now.tree)
+    try:
+        started = DatasetIndex.load(file, tree=now.tree)
+    except DatasetError as error:
+        raise ConfigError(f"{error}, or remove it: then it is made anew") from None
     gone = started.lost(now)
     if not gone or len(gone) > (tolerated(len(started)) if most is None else most):
         return now, []

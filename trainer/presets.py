@@ -1,6 +1,6 @@
 """The published recipes and the sample run, each a function that returns a `Config`.
 
-Batch 4096 throughout, as published (FAIR's CONFIG.md); a smaller `--batch-size` scales the learning rate with it.
+The published ones have batch 4096 (FAIR's CONFIG.md); a smaller `--batch-size` scales the learning rate with it.
 """
 
 from collections.abc import Callable

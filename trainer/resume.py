@@ -5,7 +5,7 @@ from typing import Any
 
 from model import MoCoV3
 from model.identity import backbone_shapes, nearest_architecture, settings
-from model.official import OfficialCheckpoint, UnreadableFile, load_official, optimizer_from_official
+from model.official import OfficialCheckpoint, OwnCheckpoint, UnreadableFile, load_official, optimizer_from_official
 from model.vision_transformer import VISION_TRANSFORMERS
 from trainer import checkpoint
 from trainer.config import Config, ConfigError, disagreement, disagreements
@@ -33,6 +33,11 @@ def check(file: Path, config: Config, fingerprint: str, model: MoCoV3) -> list[s
     return []
 
 
+def binds(file: Path) -> bool:
+    """Whether what starts from `file` must agree with its flags, as with all of train_ddp.py."""
+    return not isinstance(_read(file), OfficialCheckpoint)
+
+
 def start(file: Path, engine: Engine) -> dict[str, Any]:
     """What `Engine.load_state_dict` takes, from a file that passed `check`.
 
@@ -58,13 +63,15 @@ def start(file: Path, engine: Engine) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any] | OfficialCheckpoint:
+    if file.is_dir():
+        raise ConfigError(f"--resume {file} is a folder; name a checkpoint in it, or go on with the same --out")
     try:
         return checkpoint.load(file)
     except ConfigError as error:
         refusal = error
     try:
         return load_official(file)
-    except (OSError, UnreadableFile):
+    except (OSError, OwnCheckpoint, UnreadableFile):
         raise refusal from None
     except ValueError as error:
         raise ConfigError(f"--resume {error}") from None

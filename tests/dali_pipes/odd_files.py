@@ -34,6 +34,9 @@ BAD = {
     "turned.tif": "a TIFF that is to be turned",
     "float.tif": "a TIFF of mode F",
     "dark.ppm": "of an odd largest value",
+    "cut.bmp": "truncated",
+    "cut.ppm": "truncated",
+    "cut.tif": "truncated",
 }
 
 
@@ -44,6 +47,7 @@ def write_odd_files(folder, photo):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     pixel = photo.resize((1, 1))
+    raw = {"bmp": encoded(photo, "BMP"), "ppm": encoded(photo, "PPM"), "tif": encoded(photo, "TIFF")}
     twelve_bit = bytearray(jpeg)
     twelve_bit[jpeg.index(b"\xff\xc0") + 4] = 12
     files = {
@@ -73,6 +77,7 @@ def write_odd_files(folder, photo):
         "turned.tif": encoded(photo, "TIFF", exif=exif),
         "float.tif": encoded(photo.convert("F"), "TIFF"),
         "dark.ppm": b"P6 4 4 100 " + bytes(range(48)),
+        **{f"cut.{ending}": whole[: len(whole) * 2 // 3] for ending, whole in raw.items()},
     }
     assert files.keys() == {*GOOD, *BAD}
     for name, content in files.items():

@@ -1,6 +1,8 @@
 import io
+import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from dali_pipes import synthetic
 from dali_pipes.synthetic import CLASSES, MARKER, UNFINISHED, generate, main, render
 
 TRAIN, VAL = 12, 3
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 def contents(folder):
@@ -154,6 +157,16 @@ def test_an_interrupted_folder_is_completed(tmp_path, monkeypatch):
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
     assert kept.items() <= times(tmp_path / "broken").items()
     assert not (tmp_path / "broken" / UNFINISHED).exists()
+
+
+def test_two_at_once_do_not_disturb_each_other(tmp_path):
+    words = ["--out", str(tmp_path / "both"), "--train-per-class", "3", "--val-per-class", "1"]
+    started = [subprocess.Popen([sys.executable, "-m", "dali_pipes.synthetic", *words], **PIPES) for _ in range(2)]
+    said = [process.communicate(timeout=100) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert sorted("complete" in out for out, _ in said) == [False, True]
+    generate(tmp_path / "one", train_per_class=3, val_per_class=1, processes=1)
+    assert contents(tmp_path / "both") == contents(tmp_path / "one")
 
 
 def command(monkeypatch, *words):

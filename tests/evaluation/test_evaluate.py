@@ -12,7 +12,8 @@ from timm.layers import DropPath
 
 from evaluate import main
 from tests.dali_pipes.odd_files import broken_inside
-from tests.trainer.conftest import write_lists
+from tests.trainer.conftest import TINY, write_lists
+from trainer import run
 from trainer.config import ConfigError, replace
 from trainer.evaluation_commands import Finetune
 from trainer.evaluator import tunable
@@ -141,9 +142,11 @@ def refused(trained, sample, tmp_path, capsys):
     return call
 
 
-def test_what_is_no_run_is_refused(refused, tmp_path):
+def test_what_is_no_run_is_refused(refused, trained, tmp_path):
     assert "nowhere: no such folder" in refused("knn", run=tmp_path / "nowhere")
     assert "holds no run" in refused("linear", run=tmp_path)
+    assert "summary.json: is a file; name the run's folder" in refused("knn", run=trained / "summary.json")
+    assert "File name too long" in refused("knn", run=tmp_path / ("n" * 300))
 
 
 def test_a_result_that_could_not_be_written_is_told_before_the_work(refused, trained, monkeypatch):
@@ -183,12 +186,20 @@ def test_a_checkpoint_that_went_while_the_images_were_looked_at(trained, sample,
     assert len(opened) == 2
 
 
-def test_a_result_of_other_images_is_not_replaced(evaluate, refused, sample, tmp_path):
+def test_a_result_of_other_images_is_not_replaced(evaluate, refused, trained, sample, tmp_path, monkeypatch):
     found = evaluate("knn", "--k", 5, "--device", "cpu", "--name", "kept", name="kept")
     shutil.copytree(sample, tmp_path / "other")
     line = refused("knn", "--name", "kept", data=tmp_path / "other")
     assert f"kept.json is of --data {sample}; give this one another --name" in line
     assert evaluate("knn", "--k", 5, "--device", "cpu", "--name", "kept", name="kept")["accuracy"] == found["accuracy"]
+    # Whatever the place from which the images are named.
+    monkeypatch.chdir(sample.parent)
+    flags = ["knn", "--run", str(trained), "--device", "cpu", "--name", "kept", "--data"]
+    assert main([*flags, sample.name]) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").rename(tmp_path / sample.name)
+    assert f"kept.json is of --data {sample}" in refused("knn", "--name", "kept", data=sample.name)
+    assert main([*flags, str(sample)]) == 0
 
 
 @pytest.fixture
@@ -217,6 +228,17 @@ def test_images_broken_inside_are_left_out(trained, broken, capsys):
             assert sum(str(file) in line for line in found["failed"]) == 1
             assert printed.count(f"warning: {file}: ") == 1
         assert len(found["failed"]) == 3
+
+
+def test_too_little_memory_is_one_line(trained, sample, monkeypatch, capsys):
+    def too_much(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("trainer.evaluator.Evaluator.evaluate", too_much)
+    mends = {"knn": "the features of all images have to fit", "linear": "use a smaller --batch-size"}
+    for kind, mend in mends.items():
+        assert main([kind, "--run", str(trained), "--data", str(sample), "--device", "cpu", "--name", "none"]) == 2
+        assert capsys.readouterr().err == f"evaluate.py: error: cpu is out of memory; {mend}\n"
 
 
 def test_too_many_broken_images_are_one_line(trained, broken, capsys):
@@ -255,6 +277,22 @@ def test_data_that_cannot_be_evaluated_on(refused, sample, tmp_path):
     assert "has 1 classes" in refused("knn", data=tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "val")
     assert "has no val/" in refused("knn", data=tmp_path / "data")
+
+
+def test_images_without_labels_are_judged_by_nobody(refused, sample, tmp_path, capsys):
+    """Where all are of class 0, the accuracy would be the share of what is taken for class 0."""
+    data, lists = tmp_path / "data", tmp_path / "lists"
+    shutil.copytree(sample, data)
+    for file in sorted((data / "val").rglob("*.jpg")):
+        file.rename(data / "val" / file.name)
+    assert "val/ has no class folders" in refused("knn", data=data)
+    lists.mkdir()
+    write_lists(sample, lists)
+    (lists / "val.txt").write_text("".join(f"{line.split()[0]}\n" for line in (lists / "val.txt").open()))
+    assert "val.txt has no labels" in refused("linear", "--outside", data=lists / "train.txt")
+    assert run([*TINY, "--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1"]) == 0
+    assert "no k-NN accuracy: training and validation images do not have the same classes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn_after"] is None
 
 
 def test_lists_are_evaluated_as_the_folders_are(trained, sample, evaluate, tmp_path, refused):

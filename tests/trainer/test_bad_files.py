@@ -125,7 +125,7 @@ def test_too_many_bad_files_stop_the_run_with_one_line(train, data, monkeypatch,
         return train_step(engine, *batch)
 
     monkeypatch.setattr(Engine, "train_step", damaging)
-    assert train("--no-knn", "--data", data) != 0
+    assert train("--no-knn", "--data", data) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_ddp.py: error")]
     assert len(errors) == 1
     assert "images that passed the scan cannot be used, and at most 10 may fail" in errors[0]

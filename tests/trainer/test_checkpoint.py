@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,19 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         checkpoint.save(tmp_path, state(2), keep=1)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint_00000001.pt", "latest"]
     assert checkpoint.newest(tmp_path) == (tmp_path / "checkpoint_00000001.pt", [])
+
+
+def test_an_older_one_that_cannot_be_removed_is_said(tmp_path, monkeypatch):
+    first = checkpoint.save(tmp_path, state(1), keep=1)
+
+    def refused(file, **_):
+        raise PermissionError(1, "Operation not permitted", str(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        with pytest.raises(OSError, match=f"^{first} could not be removed: .*not permitted"):
+            checkpoint.save(tmp_path, state(2), keep=1)
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint_00000002.pt"
 
 
 class Payload:

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -97,6 +98,10 @@ def test_the_lines_beside_the_file_load_it_strictly_and_give_the_same_features(
     assert all(torch.equal(value, mine[name]) for name, value in model.state_dict().items())
     assert (about["arch"], about["step"], about["epochs"], about["run"]) == (arch, 2, 1, str(trained(arch)))
     assert about["mean"] == [0.485, 0.456, 0.406]
+    if about["constructor"] == "timm.create_model":  # what tells timm's users how to prepare images
+        told = timm.data.resolve_model_data_config(model)
+        assert (told["mean"], told["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        assert (told["input_size"], told["crop_pct"], told["interpolation"]) == ((3, size, size), 0.875, "bilinear")
     if arch.startswith("vit"):
         assert about["heads"] == 4
         assert ("note" in about) == (form == "official" or "conv" in arch)
@@ -107,7 +112,7 @@ def test_the_heads_of_vit_small_are_said_as_timm_has_others(trained, tmp_path):
     source = open_run(trained("vit_small"))
     about = export(source, tmp_path / "a.safetensors", "timm")
     assert about["constructor"] == "timm.create_model"
-    assert about["arguments"] == {"model_name": "vit_small_patch16_224", "num_classes": 0, "img_size": 32, **SIZES}
+    assert about["arguments"].items() >= {"model_name": "vit_small_patch16_224", "img_size": 32, **SIZES}.items()
 
 
 def test_heads_that_the_reference_does_not_have_are_noted(trained):
@@ -154,6 +159,16 @@ def test_a_run_of_the_real_command_goes_out(train, tmp_path, monkeypatch, capsys
     _, about = loaded(file, monkeypatch)
     assert about["step"] == 4
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["demo.safetensors", "demo.safetensors.json", "run"]
+
+
+def test_weights_that_share_memory_go_out_each_by_itself(trained, tmp_path, monkeypatch):
+    """As in timm's coat_tiny; safetensors refuses them."""
+    source, shared = open_run(trained("vit_small")), torch.randn(2, 3)
+    monkeypatch.setattr(type(source.model), "backbone_state_dict", lambda _: {"a": shared, "b": shared, "c": shared.T})
+    export(source, tmp_path / "a", "timm")
+    saved = load_file(tmp_path / "a")
+    assert all(torch.equal(value, {"c": shared.T}.get(name, shared)) for name, value in saved.items())
+    assert list(saved) == ["a", "b", "c"]
 
 
 def test_float64_stays_float64(train, tmp_path):
@@ -210,6 +225,37 @@ def test_what_is_no_run_is_refused(refused, tmp_path):
     line = refused("--run", tmp_path / "empty", "--out", tmp_path / "a")
     assert "is whole" in line
     assert "another --out" not in line
+    assert "File name too long" in refused("--run", tmp_path / ("n" * 300), "--out", tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        (lambda state: state["flags"].update(arch="vit_of_tomorrow"), "vit_of_tomorrow"),
+        (lambda state: state["flags"].update(flag_of_tomorrow=1), "flag_of_tomorrow"),
+        (lambda state: state["model"].popitem(), "Missing key"),
+    ],
+    ids=["arch", "flag", "weights"],
+)
+def test_a_run_of_another_installation_is_one_line(change, phrase, refused, trained, tmp_path):
+    state = checkpoint.load(trained("vit_small") / "checkpoint_00000002.pt")
+    change(state)
+    (tmp_path / "run").mkdir()
+    checkpoint.save(tmp_path / "run", state, keep=0)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    line = refused("--run", tmp_path / "run", "--out", tmp_path / "a")
+    assert "checkpoint_00000002.pt does not fit what is installed here" in line
+    assert phrase in line
+
+
+def test_half_a_result_does_not_stay(refused, trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.export.write_atomically", full)
+        assert "No space left" in refused("--run", trained("vit_small"), "--out", tmp_path / "a")
+    assert main(["--run", str(trained("vit_small")), "--out", str(tmp_path / "a")]) == 0
 
 
 @pytest.mark.parametrize("existing", ["a", "a.json"])

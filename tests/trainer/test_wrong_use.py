@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model import MoCoV3
-from trainer import distributed, preparation
+from trainer import config as configuration
+from trainer import distributed, launch, preparation
 from trainer.metrics import MetricsLog
 
 
@@ -165,7 +166,29 @@ def test_resume_of_a_missing_or_another_runs_checkpoint(train, refused, tmp_path
     assert "nothing.pt is not there" in refused("--resume", tmp_path / "nothing.pt")
     assert train("--no-knn", "--max-steps", 1, "--seed", 3, out="other") == 0
     capsys.readouterr()
-    assert "--seed is 3 there, 0 here" in refused("--resume", tmp_path / "other" / "checkpoint_00000001.pt")
+    own = tmp_path / "other" / "checkpoint_00000001.pt"
+    assert "--seed is 3 there, 0 here" in refused("--resume", own)
+    assert "other is a folder; name a checkpoint in it" in refused("--resume", tmp_path / "other")
+    content = bytearray(own.read_bytes())
+    content[len(content) // 2] ^= 1
+    own.write_bytes(content)
+    assert "damaged, its checksum does not match" in refused("--resume", own)
+
+
+def test_a_damaged_index_of_the_run_is_said_with_the_mend(train, refused, tmp_path, capsys):
+    assert train("--no-knn", "--max-steps", 1) == 0
+    capsys.readouterr()
+    (tmp_path / "run" / "train_index.npz").write_bytes(b"rubbish")
+    assert "train_index.npz is not a dataset index" in (line := refused("--no-knn"))
+    assert "or remove it" in line
+    (tmp_path / "run" / "train_index.npz").unlink()
+    assert train("--no-knn", "--max-steps", 2) == 0
+
+
+def test_a_node_that_does_not_see_the_run_folder_says_so(tmp_path):
+    start = preparation.Start(configuration.parse(["demo", "--data", str(tmp_path), "--out", str(tmp_path)]), None)
+    with pytest.raises(configuration.ConfigError, match="rank 1 does not see what rank 0 wrote"):
+        launch._indices(start, distributed.World(rank=1, size=2))
 
 
 def test_out_of_memory_says_which_batch_would_fit(train, monkeypatch, capsys):
@@ -192,7 +215,31 @@ def test_too_little_memory_for_the_images_of_a_batch(train, monkeypatch, capsys)
     monkeypatch.setattr("dali_pipes.stream.build_pipeline", too_large)
     assert train("--no-knn") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train_ddp.py: error: --batch-size 16: cpu has no memory left for a batch's images; use a")
+    assert "--batch-size 16: cpu has no memory left for a batch's images; use --checkpoint-activations or more" in line
+    assert line.endswith("or a smaller --batch-size")
+
+
+@pytest.mark.parametrize(
+    ("flags", "more", "advice"),
+    [
+        ("--arch vit_small", "--microbatch 2", "a smaller --microbatch or --checkpoint-activations or more GPUs"),
+        ("", "", "--checkpoint-activations or more GPUs"),
+        ("", "--checkpoint-activations", "more GPUs"),
+    ],
+    ids=["vit", "conv stem", "nothing else"],
+)
+def test_a_run_that_goes_on_is_told_only_what_it_may_change(flags, more, advice, train, monkeypatch, capsys):
+    assert train(*flags.split(), "--no-knn", "--max-steps", 1) == 0
+    capsys.readouterr()
+
+    def limited(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MoCoV3, "encode", limited)
+    monkeypatch.setattr(MoCoV3, "predict", limited)
+    assert train(*flags.split(), *more.split(), "--no-knn") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith(f"--batch-size 16: cpu is out of memory; use {advice}")
 
 
 def test_rank_without_torchrun(refused, monkeypatch):
