@@ -149,7 +149,7 @@ def _find(argv: list[str], world: World) -> Found:
     if isinstance(command, Finetune):
         with torch.device("meta"):
             tunable(command, run)
-    output = _output(command)
+    output = command.result(".json")
     try:  # before hours of work, not after
         output.parent.mkdir(exist_ok=True)
         with NamedTemporaryFile(prefix=f"{output.name}.", suffix=PART, dir=output.parent):
@@ -159,14 +159,9 @@ def _find(argv: list[str], world: World) -> Found:
     return Found(command, run, train, val)
 
 
-def _output(command: Evaluation) -> Path:
-    name = command.name or command.kind + ("-untrained" if command.untrained else "")
-    return command.run / "eval" / f"{name}.json"
-
-
 def _check_output(command: Evaluation) -> None:
     """Raise ConfigError if the result that would be replaced is of other images."""
-    output = _output(command)
+    output = command.result(".json")
     try:
         before = Path(json.loads(output.read_text())["flags"]["data"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
@@ -230,7 +225,7 @@ def _evaluate(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-    output, text = _output(command), json.dumps(facts, indent=2, default=str) + "\n"
+    output, text = command.result(".json"), json.dumps(facts, indent=2, default=str) + "\n"
     try:
         write_atomically(output, text.encode())
     except OSError as error:

@@ -1,7 +1,7 @@
 """Top-1 and top-5 accuracy on a validation set that the ranks share."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,23 @@ class Accuracy:
     top1: float
     top5: float
     epoch: int  # epochs of training behind it, from 1
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the epochs so far have come to, a value a classifier."""
+
+    accuracies: list[list[Accuracy]] = field(default_factory=list)  # after each epoch
+    losses: list[float] = field(default_factory=list)  # mean over the last epoch's images; nan or inf: diverged
+
+    @property
+    def epochs(self) -> int:
+        """How many they are."""
+        return len(self.accuracies)
+
+    def then(self, accuracies: list[Accuracy], losses: Tensor) -> "Done":
+        """With one epoch more."""
+        return Done([*self.accuracies, accuracies], losses.tolist())
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:

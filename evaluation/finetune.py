@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ResNet
 
 from evaluation import accuracy
-from evaluation.accuracy import Accuracy
+from evaluation.accuracy import Accuracy, Done
 from evaluation.knn import Labelled
 from evaluation.linear import TrainLoader
 from model import learning_rate
@@ -119,6 +119,20 @@ class FineTuning:
         )
         self.hard, self.soft = LabelSmoothingCrossEntropy(recipe.label_smoothing), SoftTargetCrossEntropy()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and statistics of the network, its optimizer's state, and the loss scale."""
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave of the same network and recipe; every rank must call it."""
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
     def step(self, images: Tensor, labels: Tensor, epoch: int, step: int, steps: int) -> Tensor:
         """One step, the `step`-th of `steps` in that epoch; returns this rank's loss, on the device."""
         peak = self.recipe.lr * self.recipe.batch_size / 256
@@ -163,30 +177,35 @@ def finetune(
     tuning: FineTuning,
     train: CountedLoader,
     val: Iterable[Labelled],
-    on_epoch: Callable[[int, Accuracy], None] = lambda epoch, accuracy: None,
+    on_epoch: Callable[[Done], None] = lambda done: None,
+    done: Done | None = None,
 ) -> Outcome:
-    """Train through the whole schedule, validate after every epoch.
+    """Train through the whole schedule, or what is left of it, validate after every epoch.
 
     Args:
-        tuning: fresh; its network is trained in place and ends in eval mode.
+        tuning: fresh, or with the state that it had after the epochs `done`; its network is trained in place and ends
+            in eval mode.
         train: this rank's training images; every rank gives as many batches of as many images.
         val: this rank's share of the validation images; shares are disjoint and may differ in length.
-        on_epoch: told of each epoch and the accuracy after it.
+        on_epoch: told after each epoch what it and those before have come to.
+        done: what the epochs before came to, of a fine-tuning that was interrupted: what follows is as if it had not
+            been, to rounding with more than two ranks.
 
     Returns:
         The same on every rank.
     """
-    history: list[Accuracy] = []
-    loss = torch.zeros(())
-    torch.manual_seed(tuning.recipe.seed + tuning.rank)  # of what the network drops
-    for epoch in range(tuning.recipe.epochs):
+    done = done or Done()
+    for epoch in range(done.epochs, tuning.recipe.epochs):
+        # Of what the network drops: an epoch depends on nothing that was drawn before.
+        torch.manual_seed(int(np.random.SeedSequence([tuning.recipe.seed, epoch, tuning.rank]).generate_state(1)[0]))
         train.set_epoch(epoch)
         tuning.network.train()
         loss = _train(tuning, train, epoch)
         tuning.network.eval()
-        history += accuracy.validate(tuning.right, val, epoch + 1, tuning.device)
-        on_epoch(epoch, history[-1])
-    return Outcome(history[-1], accuracy.best(history), loss.item())
+        done = done.then(accuracy.validate(tuning.right, val, epoch + 1, tuning.device), loss[None])
+        on_epoch(done)
+    history = [after for (after,) in done.accuracies]
+    return Outcome(history[-1], accuracy.best(history), *done.losses)
 
 
 def _train(tuning: FineTuning, train: CountedLoader, epoch: int) -> Tensor:

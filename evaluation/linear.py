@@ -6,7 +6,7 @@ Learning rates share what costs: images and features. Takes features and loaders
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation import accuracy
-from evaluation.accuracy import Accuracy
+from evaluation.accuracy import Accuracy, Done
 from evaluation.knn import Labelled
 from model.collectives import average_gradients
 
@@ -89,6 +89,17 @@ class Heads:
         for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
             group["lr"] = self.schedule.rate(lr, epoch)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Base learning rates and weights of all heads, and their momenta."""
+        heads = [layer.state_dict() for layer in self.layers]
+        return {"lrs": list(self.lrs), "heads": heads, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave of heads for the same learning rates."""
+        for layer, weights in zip(self.layers, state["heads"], strict=True):
+            layer.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+
     def step(self, features: Tensor, labels: Tensor) -> Tensor:
         """One SGD step of every head on features (N, F); returns this rank's losses (heads,), on the device.
 
@@ -112,32 +123,33 @@ def probe(
     heads: Heads,
     train: TrainLoader,
     val: Iterable[Labelled],
-    on_epoch: Callable[[int, Sequence[Accuracy]], None] = lambda epoch, accuracies: None,
+    on_epoch: Callable[[Done], None] = lambda done: None,
+    done: Done | None = None,
 ) -> list[Outcome]:
-    """Train the heads through the whole schedule, validate after every epoch.
+    """Train the heads through the whole schedule, or what is left of it, validate after every epoch.
 
     Args:
         features: of the frozen network in eval mode, as the protocol has it also while training: (N, 3, H, W) to
             (N, F). Called without gradient.
-        heads: fresh ones; they are trained in place.
+        heads: fresh ones, or with the state that they had after the epochs `done`; they are trained in place.
         train: this rank's training images.
         val: this rank's share of the validation images; shares are disjoint and may differ in length.
-        on_epoch: told of each epoch and the accuracies after it, one a learning rate.
+        on_epoch: told after each epoch what it and those before have come to.
+        done: what the epochs before came to, of a probe that was interrupted: what follows is as if it had not been.
 
     Returns:
         One outcome a learning rate, the same on every rank.
     """
-    history: list[list[Accuracy]] = []
-    losses = torch.zeros(len(heads.lrs))
-    for epoch in range(heads.schedule.epochs):
+    done = done or Done()
+    for epoch in range(done.epochs, heads.schedule.epochs):
         heads.set_epoch(epoch)
         train.set_epoch(epoch)
         losses = _train(features, heads, train)
-        history.append(validate(features, heads, val, epoch + 1))
-        on_epoch(epoch, history[-1])
+        done = done.then(validate(features, heads, val, epoch + 1), losses)
+        on_epoch(done)
     return [
         Outcome(lr, last=each[-1], best=accuracy.best(each), loss=loss)
-        for lr, each, loss in zip(heads.lrs, zip(*history, strict=True), losses.tolist(), strict=True)
+        for lr, each, loss in zip(heads.lrs, zip(*done.accuracies, strict=True), done.losses, strict=True)
     ]
 
 

@@ -38,6 +38,11 @@ class Evaluation:
         """The subcommand's name."""
         return type(self).__name__.lower()
 
+    def result(self, ending: str) -> Path:
+        """The file of that ending that the evaluation leaves."""
+        name = self.name or self.kind + ("-untrained" if self.untrained else "")
+        return self.run / "eval" / f"{name}{ending}"
+
     def check(self, world_size: int) -> None:
         """Raise `ConfigError` for values that cannot work, before anything is read."""
         if self.workers is not None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from dali_pipes import DatasetIndex
 from evaluation import finetune, linear
-from evaluation.accuracy import Accuracy
+from evaluation.accuracy import Done
 from model import MoCoV3
 from model.backbones import RESNETS, Backbone, build_backbone, load_without_head
 from model.sync_bn import convert
@@ -19,9 +19,11 @@ from trainer.config import ConfigError
 from trainer.distributed import World
 from trainer.eval_reader import EvalReader
 from trainer.evaluation_commands import Evaluation, Finetune, Knn, Linear
+from trainer.evaluation_file import EvaluationFile, Learner
 from trainer.export import TrainedRun
 
 EVAL_BATCH = 256  # images a rank, where nothing is learned
+_FREE = ("run", "data", "outside", "device", "workers", "name")  # flags that a result does not depend on
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,14 +67,14 @@ class Evaluator:
         schedule = linear.Schedule(command.epochs, command.batch_size, command.momentum, command.weight_decay)
         lrs = command.rates(self.model.family)
         heads = linear.Heads(lrs, self.model.feature_dim, len(train.classes), schedule, command.seed, self.device)
-        progress = _Progress(self, command.epochs)
         self.say(f"learning rates {', '.join(f'{lr:g}' for lr in lrs)}, each x {command.batch_size} / 256")
         batch = command.batch_size // self.world.size
         with (
             self.reader.loader(train, batch, train=True, seed=command.seed) as images,
             self.reader.loader(val, min(EVAL_BATCH, batch)) as queries,
         ):
-            outcomes = linear.probe(self.features, heads, images, queries, progress)
+            done, on_epoch = self._going_on(command, train, val, heads)
+            outcomes = linear.probe(self.features, heads, images, queries, on_epoch, done)
         for each in outcomes:
             self.say(f"lr {each.lr:<6g} {_in_words(each)}")
         return {"outcomes": [_plain(each) for each in outcomes]}
@@ -82,15 +84,40 @@ class Evaluator:
         recipe = finetune.Recipe(**{name: value for name, value in vars(command).items() if name in names})
         network = self._classifier(command, len(train.classes))
         tuning = finetune.FineTuning(network, len(train.classes), recipe, self.precision)
-        progress = _Progress(self, command.epochs)
         batch = command.batch_size // self.world.size
         with (
             self.reader.loader(train, batch, train=True, seed=command.seed) as images,
             self.reader.loader(val, min(EVAL_BATCH, batch)) as queries,
         ):
-            outcome = finetune.finetune(tuning, images, queries, lambda epoch, accuracy: progress(epoch, [accuracy]))
+            done, on_epoch = self._going_on(command, train, val, tuning)
+            outcome = finetune.finetune(tuning, images, queries, on_epoch, done)
         self.say(f"tuned  {_in_words(outcome)}")
         return {"outcome": _plain(outcome)}
+
+    def _going_on(
+        self, command: Linear | Finetune, train: DatasetIndex, val: DatasetIndex, learner: Learner
+    ) -> tuple[Done | None, Callable[[Done], None]]:
+        """What an interrupted evaluation has come to, and what to call after each epoch that follows."""
+        flags = {name: value for name, value in vars(command).items() if name not in _FREE}
+        flags = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+        identity = {
+            "kind": command.kind,
+            "step": self.run.step,
+            "images": [train.fingerprint, val.fingerprint],
+            "flags": flags,
+        }
+        file = command.result(".pt")
+        kept, started = EvaluationFile(file, identity, self.world, _warn), time.monotonic()
+        before = kept.go_on(learner)
+        if before is not None:
+            self.say(f"going on after epoch {before.epochs} of {file}")
+
+        def on_epoch(done: Done) -> None:
+            found = "  ".join(f"{each.top1:.2%}" for each in done.accuracies[-1])
+            self.say(f"epoch {done.epochs}/{command.epochs}  top-1 {found}  {time.monotonic() - started:.0f} s")
+            kept.save(learner, done, ended=done.epochs == command.epochs)
+
+        return before, on_epoch
 
     def _classifier(self, command: Finetune, classes: int) -> nn.Module:
         backbone = tunable(command, self.run)
@@ -122,18 +149,6 @@ def tunable(command: Finetune, run: TrainedRun) -> Backbone:
 def _warn(line: str) -> None:
     """On whichever rank it arises."""
     print(f"warning: {line}", flush=True)
-
-
-class _Progress:
-    """A line an epoch."""
-
-    def __init__(self, evaluator: Evaluator, epochs: int) -> None:
-        self.evaluator, self.epochs, self.started = evaluator, epochs, time.monotonic()
-
-    def __call__(self, epoch: int, accuracies: Sequence[Accuracy]) -> None:
-        found = "  ".join(f"{each.top1:.2%}" for each in accuracies)
-        seconds = time.monotonic() - self.started
-        self.evaluator.say(f"epoch {epoch + 1}/{self.epochs}  top-1 {found}  {seconds:.0f} s")
 
 
 def _in_words(outcome: linear.Outcome | finetune.Outcome) -> str:

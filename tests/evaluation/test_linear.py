@@ -160,7 +160,9 @@ def test_several_learning_rates_in_one_pass_are_each_as_alone():
     lrs = [1.0, 30.0, 300.0]
     chosen = heads(lrs)
     seen = []
-    outcomes = probe(features, chosen, Loader(8), Loader(10, shuffled=False), lambda epoch, found: seen.append(found))
+    outcomes = probe(
+        features, chosen, Loader(8), Loader(10, shuffled=False), lambda done: seen.append(done.accuracies[-1])
+    )
     assert [outcome.lr for outcome in outcomes] == lrs
     for place, (outcome, lr) in enumerate(zip(outcomes, lrs, strict=True)):
         layer, accuracies = by_hand(lr)
