@@ -141,19 +141,22 @@ def by_hand(lr, epochs=5, batch_size=8):
     layer.load_state_dict(start.state_dict())
     optimizer = torch.optim.SGD(layer.parameters(), lr=lr * batch_size / 256, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: 0.5 * (1 + math.cos(math.pi * e / epochs)))
-    loader, accuracies = Loader(batch_size), []
+    loader, accuracies, total = Loader(batch_size), [], 0.0
     for epoch in range(epochs):
         loader.set_epoch(epoch)
+        total = 0.0
         for batch in loader:
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(layer(batch.images.flatten(1)), batch.labels).backward()
+            loss = torch.nn.functional.cross_entropy(layer(batch.images.flatten(1)), batch.labels)
+            loss.backward()
             optimizer.step()
+            total += loss.item() * len(batch.labels)
         scheduler.step()
         images, labels = dataset()
         guesses = layer(images.flatten(1)).argsort(dim=1, descending=True)
         hits = guesses == labels[:, None]
         accuracies.append((float(hits[:, :1].sum()) / IMAGES, float(hits[:, :5].sum()) / IMAGES))
-    return layer, accuracies
+    return layer, accuracies, total / IMAGES
 
 
 def test_several_learning_rates_in_one_pass_are_each_as_alone():
@@ -165,7 +168,8 @@ def test_several_learning_rates_in_one_pass_are_each_as_alone():
     )
     assert [outcome.lr for outcome in outcomes] == lrs
     for place, (outcome, lr) in enumerate(zip(outcomes, lrs, strict=True)):
-        layer, accuracies = by_hand(lr)
+        layer, accuracies, loss = by_hand(lr)
+        assert outcome.loss == pytest.approx(loss, rel=1e-12)
         torch.testing.assert_close(chosen.layers[place].weight, layer.weight, rtol=0, atol=1e-12)
         torch.testing.assert_close(chosen.layers[place].bias, layer.bias, rtol=0, atol=1e-12)
         assert [(each[place].top1, each[place].top5) for each in seen] == accuracies
