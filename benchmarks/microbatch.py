@@ -64,12 +64,15 @@ def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progre
         # Where rounding is at float64's level, the method can be told from it.
         precisions["float64: "] = configuration.replace(config, dtype="float64")
     taken: dict[str, Taken] = {}
-    progress.expect(len(precisions) * (1 + len(flags.chunks)))
-    for prefix, chosen in precisions.items():
-        for chunk in (None, *flags.chunks):
-            name = prefix + (WHOLE if chunk is None else f"--microbatch {chunk}")
-            progress.part(name)
-            taken[name] = take(chosen, device, views, chunk, common.rounds)
+    progress.expect(common.rounds * len(precisions) * (1 + len(flags.chunks)))
+    for turn in range(common.rounds):
+        for prefix, chosen in precisions.items():
+            for chunk in (None, *flags.chunks):
+                name = prefix + (WHOLE if chunk is None else f"--microbatch {chunk}")
+                progress.part(f"{name}: round {turn + 1} of {common.rounds}")
+                found = take(chosen, device, views, chunk)
+                before = taken.setdefault(name, replace(found, milliseconds=()))
+                taken[name] = replace(before, milliseconds=(*before.milliseconds, *found.milliseconds))
     return Result(
         benchmark="microbatch",
         subject=f"{config.model.arch} {config.data.image_size}px",

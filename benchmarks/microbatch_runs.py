@@ -23,7 +23,7 @@ STATUS, CLEAR_REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_ref
 
 @dataclass(frozen=True)
 class Taken:
-    """Of a first forward and backward pass, but for the times, which are those of later ones.
+    """Of a first forward and backward pass, but for the time, which is that of the next.
 
     megabytes: peak of memory above what model, views and libraries held before.
     """
@@ -34,7 +34,7 @@ class Taken:
     gradients: dict[str, Tensor]
 
 
-def take(config: Config, device: torch.device, views: Tensor, chunk: int | None, times: int) -> Taken:
+def take(config: Config, device: torch.device, views: Tensor, chunk: int | None) -> Taken:
     """Run it in a fresh process: an allocator that another kind has used would hide what this one needs.
 
     views: (2, N, 3, S, S), uint8. chunk: images in the backbone at once; None for the whole batch in the plain step.
@@ -44,7 +44,7 @@ def take(config: Config, device: torch.device, views: Tensor, chunk: int | None,
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "taken"
-        process = get_context("spawn").Process(target=_work, args=(file, config, device, views, chunk, times))
+        process = get_context("spawn").Process(target=_work, args=(file, config, device, views, chunk))
         process.start()
         process.join()
         if process.exitcode:
@@ -53,7 +53,7 @@ def take(config: Config, device: torch.device, views: Tensor, chunk: int | None,
         return Taken(**torch.load(file, weights_only=True))
 
 
-def _work(file: Path, config: Config, device: torch.device, views: Tensor, chunk: int | None, times: int) -> None:
+def _work(file: Path, config: Config, device: torch.device, views: Tensor, chunk: int | None) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
@@ -79,13 +79,11 @@ def _work(file: Path, config: Config, device: torch.device, views: Tensor, chunk
     megabytes = (_peak(device) - before) / 1e6
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     loss = outputs.loss.detach().cpu()
-    milliseconds = []
-    for _ in range(times):
-        _wait(device)
-        started = time.perf_counter()
-        step(len(x1))
-        _wait(device)
-        milliseconds.append(1000 * (time.perf_counter() - started))
+    _wait(device)
+    started = time.perf_counter()
+    step(len(x1))
+    _wait(device)
+    milliseconds = (1000 * (time.perf_counter() - started),)
     torch.save({"megabytes": megabytes, "milliseconds": milliseconds, "loss": loss, "gradients": gradients}, file)
 
 

@@ -138,7 +138,7 @@ def test_a_step_that_dies_is_named():
     config = microbatch._config(microbatch.Microbatch(batch_size=4, chunks=(2,), image_size=32, depth=1), CPU, print)
     views = torch.zeros(2, 4, 7, 32, 32, dtype=torch.uint8)  # of seven channels
     with pytest.raises(results.ResultError, match="the step with --microbatch 2 failed: exit code 1"):
-        microbatch.take(config, CPU, views, 2, times=1)
+        microbatch.take(config, CPU, views, 2)
 
 
 def test_variants_may_compile_the_same_model_twice(result_of, monkeypatch):
