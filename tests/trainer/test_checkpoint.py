@@ -125,6 +125,13 @@ def test_an_older_one_that_cannot_be_removed_is_said(tmp_path, monkeypatch):
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint_00000002.pt"
 
 
+@pytest.mark.parametrize("change", [{"format": 1}, {"step": "two"}])
+def test_a_file_of_another_format_is_refused(change, tmp_path):
+    file = sealed(tmp_path / "old.pt", {"format": checkpoint.FORMAT, "versions": {}, **state(1), **change})
+    with pytest.raises(ConfigError, match=r"old\.pt is no checkpoint of train_ddp\.py"):
+        checkpoint.load(file)
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("touch executed",)
