@@ -1,19 +1,24 @@
 """Images that passed the scan and cannot be used: which they are, how many are too many, and how to do without."""
 
+import os
+import tempfile
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from dali_pipes.file_check import check_file
+from dali_pipes.file_check import FileCheck, check_file
 from dali_pipes.index import READERS, DatasetError, DatasetIndex
 from dali_pipes.plan import Plan, Position
 from dali_pipes.scan_cache import stamp
 from dali_pipes.stream import BrokenBatch, Stream
 
 _TOGETHER = 16  # images that are decoded at once to find one that cannot be
+_PAUSES = (5.0, 20.0, 60.0)  # seconds between looks at files that are away all at once
 
 
 def tolerated(count: int) -> int:
@@ -29,18 +34,52 @@ def unusable(index: DatasetIndex, rows: Iterable[int], failure: str, stream: Str
     """Of the rows that the stream's DALI failed on, those whose files are unfit, each with "path: reason".
 
     Pillow looks first, as its reasons say more; only if it finds nothing wrong DALI decodes them, a few at a time.
+    Files that are away all at once are waited for: it is their disk.
 
     Raises:
-        DatasetError: every file decodes, so that the `failure` is DALI's own trouble.
+        DatasetError: every file decodes, or nothing does, so that the `failure` is DALI's own trouble; or the disk is
+            still away.
     """
     chosen = sorted({int(row) for row in rows})
-    with ThreadPoolExecutor(READERS) as pool:
-        reasons = list(pool.map(lambda row: _reason(index, row), chosen))
-    found = {row: reason for row, reason in zip(chosen, reasons, strict=True) if reason}
-    found = found or _undecoded(index, chosen, stream)
-    if not found:
+    found = _unfit(index, chosen)
+    for pause in _PAUSES:
+        if not _away(found, chosen):
+            break
+        time.sleep(pause)
+        found = _unfit(index, chosen)
+    if _away(found, chosen):
+        first = f"{index.path(chosen[0])}: {found[chosen[0]].reason}"
+        raise DatasetError(f"none of {len(chosen)} files can be read, the first {first}; is their disk still there?")
+    reasons = {row: check.reason for row, check in found.items()}
+    if not reasons and _decodes(stream):
+        reasons = _undecoded(index, chosen, stream)
+    if not reasons:
         raise DatasetError(f"DALI failed on a batch of readable files, the first {index.path(chosen[0])}: {failure}")
-    return {row: f"{index.path(row)}: {reason}" for row, reason in found.items()}
+    return {row: f"{index.path(row)}: {reason}" for row, reason in reasons.items()}
+
+
+def _unfit(index: DatasetIndex, rows: list[int]) -> dict[int, FileCheck]:
+    with ThreadPoolExecutor(READERS) as pool:
+        checks = list(pool.map(lambda row: _look(index, row), rows))
+    return {row: check for row, check in zip(rows, checks, strict=True) if check.reason}
+
+
+def _away(found: dict[int, FileCheck], rows: list[int]) -> bool:
+    return len(found) == len(rows) >= 4 and all(check.passing for check in found.values())
+
+
+def _decodes(stream: Stream) -> bool:
+    """Whether the stream's DALI decodes at all: after an error of the GPU it does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "good.jpg")
+        Image.new("RGB", (16, 16)).save(file)
+        try:
+            stream.decode([file])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
+    return True
 
 
 def _undecoded(index: DatasetIndex, rows: list[int], stream: Stream) -> dict[int, str]:
@@ -110,15 +149,14 @@ class Salvager:
             for row, reason in found.items():
                 if row not in self._plan.failed:
                     self._on_failed(f"{reason}; it passed the scan and cannot be used, {self._consequence}")
-                    self.fail({row}, f"the last is {reason}")
+                    self.fail(self._plan.failed | {row}, f"the last is {reason}")
 
-    def fail(self, news: set[int], last: str) -> None:
-        """Fail these rows, too; `last` is what is known of one of them.
+    def fail(self, failed: frozenset[int], last: str) -> None:
+        """These rows, and no others, have failed; `last` is what is known of one of them.
 
         Raises:
             DatasetError: these are too many.
         """
-        failed = self._plan.failed | news
         if len(failed) > self._most:
             raise DatasetError(
                 f"{len(failed)} images that passed the scan cannot be used, and at most {self._most} may fail; {last}. "
@@ -127,14 +165,15 @@ class Salvager:
         self._plan.fail(failed)
 
 
-def _reason(index: DatasetIndex, row: int) -> str:
+def _look(index: DatasetIndex, row: int) -> FileCheck:
     path, size = index.path(row), (int(index.widths[row]), int(index.heights[row]))
     check = check_file(path, "full")
     if check.reason:
-        return check.reason
+        return check
     if (check.width, check.height) != size:
-        return f"another image: {check.width} x {check.height}, and {size[0]} x {size[1]} when it was scanned"
+        seen = f"{check.width} x {check.height}, and {size[0]} x {size[1]}"
+        return FileCheck(reason=f"another image: {seen} when it was scanned")
     now, scanned = stamp(path), int(index.file_sizes[row])
     if now is not None and scanned and now[0] != scanned:
-        return f"another image: {now[0]} bytes, and {scanned} when it was scanned"
-    return ""
+        return FileCheck(reason=f"another image: {now[0]} bytes, and {scanned} when it was scanned")
+    return check

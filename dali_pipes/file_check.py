@@ -53,8 +53,9 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
         return FileCheck(reason=kind)
     except Image.DecompressionBombError as error:
         return FileCheck(reason=str(error))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-        return FileCheck(reason=str(error) or type(error).__name__, passing=getattr(error, "errno", None) is not None)
+    except Exception as error:  # on damaged files Pillow raises many types
+        passing = getattr(error, "errno", None) is not None or isinstance(error, MemoryError)
+        return FileCheck(reason=str(error) or type(error).__name__, passing=passing)
     return FileCheck(width, height)
 
 

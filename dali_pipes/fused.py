@@ -138,6 +138,12 @@ class FusedViews:
                 self._in_use.popleft()
         return made
 
+    def release(self) -> None:
+        """Wait until all kernels are done, and give DALI the last crops back."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        self._in_use.clear()
+
 
 def check_spec(spec: ViewSpec) -> None:
     """Whether the kernels can make such a view.

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Collection
@@ -25,6 +26,8 @@ Pathlike = str | os.PathLike[str]
 
 _BESIDE = "lies beside the class folders and so is of no class; move it into one"
 READERS = 16  # threads: most of the work is waiting for the disk
+PORTIONS = 1000  # calls of a progress, about
+LARGEST_PORTION = 256  # files that a thread takes at once: what it has not done with at a Ctrl-C is lost
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +83,15 @@ class DatasetIndex:
         """Looks at every image file below `tree`: classes and rows in torchvision's ImageFolder order.
 
         Args:
-            tree: one folder a class (files below it at any depth, links followed; images beside the folders are set
-                aside), or images without class folders; or a list file with a line `path[ label]` an image, relative to
-                the list's folder and not leaving it, labels whole numbers from 0 in every line or in none: rows are
-                then in the list's order.
+            tree: one folder a class (files below it at any depth, links followed; one without images is no class, and
+                images beside the folders are set aside), or images without class folders; or a list file with a line
+                `path[ label]` an image, relative to the list's folder and not leaving it, labels whole numbers from 0
+                in every line or in none: rows are then in the list's order.
             level: "header" reads type, size and end marker of each file; "full" decodes every pixel.
             progress: called now and then, at most about a thousand times, with the number of files looked at, and of
                 all; and once at the end.
-            cache: file of what earlier scans of this tree found, good ones and rejected: a file of the same size and
-                modification time is not opened again. Default: the user's own, under $XDG_CACHE_HOME or ~/.cache.
+            cache: file of what earlier scans of this tree found: a good file of the same size and modification time is
+                not opened again. Default: the user's own, under $XDG_CACHE_HOME or ~/.cache.
             outside: a list may name files outside of its folder.
 
         Raises:
@@ -244,14 +247,17 @@ def _looked_at(found: Listing, level: Level, progress: Callable[[int, int], None
     def look(names: list[str]) -> Looks:
         looks = []
         for name in names:
+            if stopped.is_set():
+                break  # after a Ctrl-C nobody waits for the rest
             path = os.path.join(found.root, name)
             before = stamp(path)  # taken first: a change while the file is read shows the next time
             known = cache.known(name, before)
             looks.append((before, known if known is not None else check_file(path, level)))
         return Looks.of(looks)
 
-    count, done = len(found.names), 0
-    portion = max(1, count // 1000)
+    count, done, told, stopped = len(found.names), 0, 0, threading.Event()
+    step = max(1, count // PORTIONS)
+    portion = min(step, LARGEST_PORTION)
     parts: list[Looks] = []
     # What Pillow warns of is rejected by `check_file`. The filter is the process's, so it is set around all threads.
     with warnings.catch_warnings(), ThreadPoolExecutor(READERS) as pool:
@@ -260,9 +266,11 @@ def _looked_at(found: Listing, level: Level, progress: Callable[[int, int], None
             for part in pool.map(look, [found.names[at : at + portion] for at in range(0, count, portion)]):
                 parts.append(part)
                 done += len(part)
-                if progress is not None:
+                if progress is not None and (done - told >= step or done == count):
+                    told = done
                     progress(done, count)
         finally:  # also after a Ctrl-C: what was looked at need not be again
+            stopped.set()
             pool.shutdown(cancel_futures=True)
             looks = Looks.joined(parts)
             cache.save(found.names, looks)

@@ -69,12 +69,15 @@ def listing(path: Path, outside: bool = False) -> Listing:
 
 
 def _tree(root: Path) -> Listing:
-    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not _leads_up(str(root), e.name))
-    files = []
-    for label, name in enumerate(classes):
+    classes: list[str] = []
+    files: list[tuple[str, int]] = []
+    for name in sorted(e.name for e in os.scandir(root) if e.is_dir() and not _leads_up(str(root), e.name)):
+        before = len(files)
         for folder, found in sorted(_folders(str(root / name))):
             inside = os.path.relpath(folder, root)
-            files += [(f"{inside}/{image}", label) for image in _images(found)]
+            files += [(f"{inside}/{image}", len(classes)) for image in _images(found)]
+        if len(files) > before:  # ImageFolder refuses folders without images, such as those that tools leave
+            classes.append(name)
     flat = _images(entry.name for entry in os.scandir(root) if not entry.is_dir())
     if files:
         return Listing(root, tuple(classes), [name for name, _ in files], [label for _, label in files], tuple(flat))

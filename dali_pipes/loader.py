@@ -141,10 +141,17 @@ class ViewLoader:
 
         Raises:
             DatasetError: these are too many.
+            ValueError: one is no row of the index.
         """
-        news = set(rows) - self._plan.failed
-        if news:
-            self._salvager.fail(news, f"one of them is {self._index.path(min(news))}")
+        failed = self._plan.failed | set(rows)
+        if failed != self._plan.failed:
+            self._fail(failed)
+
+    def _fail(self, failed: frozenset[int]) -> None:
+        if not all(0 <= row < len(self._index) for row in failed):
+            raise ValueError(f"failed images {sorted(failed)} are not all rows of an index of {len(self._index)}")
+        last = f"one of them is {self._index.path(min(failed))}" if failed else ""
+        self._salvager.fail(failed, last)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next batch and what failed: {"epoch", "step", "global_batch", "failed"}.
@@ -163,6 +170,7 @@ class ViewLoader:
         Raises:
             ValueError: the position is of another global batch size, or past the end of an epoch; or a failed row is
                 none of this index.
+            DatasetError: more images have failed than may.
         """
         epoch, step, global_batch = state["epoch"], state["step"], state["global_batch"]
         if global_batch != self._global_batch:
@@ -173,11 +181,9 @@ class ViewLoader:
         if epoch < 0 or not 0 <= step < len(self):
             raise ValueError(f"epoch {epoch}, step {step} is no position in epochs of {len(self)} steps")
         failed = frozenset(state.get("failed", ()))
-        if not all(0 <= row < len(self._index) for row in failed):
-            raise ValueError(f"failed images {sorted(failed)} are not all rows of an index of {len(self._index)}")
         if failed != self._plan.failed:
+            self._fail(failed)
             self._stream.close()  # what is under way was chosen with other failed images in mind
-            self._plan.fail(failed)
         self._position = Position(epoch, step)
 
     def close(self) -> None:
@@ -204,4 +210,6 @@ def available(device: str | torch.device) -> torch.device:
         raise ValueError(
             f"device {device} is not there for DALI; use cpu" + (" or cuda" if torch.cuda.is_available() else "")
         )
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device {device} is not there for DALI; use cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())

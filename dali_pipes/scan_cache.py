@@ -18,7 +18,7 @@ from dali_pipes.file_check import FileCheck, Level
 from dali_pipes.replacing import replacing
 
 Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds since 1970
-_VERSION = 4  # of the format, and of what makes `check_file` reject
+_VERSION = 5  # of the format, and of what makes `check_file` reject
 # A file that changed so short before it was looked at could change again within the same tick of its disk's clock.
 _SETTLED = 2_000_000_000  # nanoseconds; the coarsest clock, FAT's, ticks every two seconds
 _UNKNOWN = (-1, -1)  # stands for the stamp of what is not to be remembered
@@ -41,7 +41,8 @@ class Looks:
     @classmethod
     def of(cls, looks: Sequence[tuple[Stamp | None, FileCheck]]) -> "Looks":
         """Each file's stamp before it was looked at, None if there is no file, and what was found."""
-        kept = [now if now is not None and not check.passing else _UNKNOWN for now, check in looks]
+        # A file that cannot be used is looked at each time: mended, it may have the size and the time that it had.
+        kept = [now if now is not None and not check.reason else _UNKNOWN for now, check in looks]
         numbers = (
             [now[0] for now in kept],
             [now[1] for now in kept],
@@ -64,9 +65,8 @@ class Looks:
         return cls(**columns, reasons=reasons)
 
     def at(self, rows: Sequence[int]) -> "Looks":
-        """Those of these places."""
-        reasons = {i: self.reasons[row] for i, row in enumerate(rows) if row in self.reasons}
-        return Looks(**{name: getattr(self, name)[list(rows)] for name in _COLUMNS}, reasons=reasons)
+        """Those of these places, at files that can all be used."""
+        return Looks(**{name: getattr(self, name)[list(rows)] for name in _COLUMNS}, reasons={})
 
 
 def stamp(path: str) -> Stamp | None:
@@ -110,7 +110,7 @@ class ScanCache:
         columns = {name: stored[name].astype(kind) for name, kind in _COLUMNS.items()}
         if {len(column) for column in columns.values()} != {len(names)}:
             return
-        self._looks = Looks(**columns, reasons={int(row): str(reason) for row, reason in text["reasons"].items()})
+        self._looks = Looks(**columns, reasons={})
         self._rows = {name: row for row, name in enumerate(names)}
 
     def known(self, name: str, now: Stamp | None) -> FileCheck | None:
@@ -118,7 +118,7 @@ class ScanCache:
         row, looks = self._rows.get(name), self._looks
         if row is None or now != (looks.sizes[row], looks.times[row]):
             return None
-        return FileCheck(int(looks.widths[row]), int(looks.heights[row]), looks.reasons.get(row, ""))
+        return FileCheck(int(looks.widths[row]), int(looks.heights[row]))
 
     def save(self, names: list[str], looks: Looks) -> None:
         """Write what is known now, in one move, for this user only; without the room or the right to, nothing.
@@ -136,7 +136,7 @@ class ScanCache:
         )
         if self._file is None or same:
             return
-        text = json.dumps({"kind": self._kind, "reasons": kept.reasons}).encode()
+        text = json.dumps({"kind": self._kind}).encode()
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with replacing(self._file) as stream:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from nvidia.dali import backend
 
 from dali_pipes.fused import FusedViews
 from dali_pipes.graph import Decoder, build_pipeline, decode
@@ -17,7 +18,8 @@ from dali_pipes.plan import Plan, Position
 from dali_pipes.sampling import SampleParams
 
 _PREFETCH = 2  # batches ready or in work while the reader uses another one
-_NO_MEMORY = re.compile(r"Can't allocate \d+ bytes on device")  # DALI's words: it has no type for it
+# DALI's words, and those of the libraries that it passes on: it has no type for it.
+_NO_MEMORY = re.compile(r"Can't allocate \d+ bytes on device|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +123,10 @@ class Stream:
         """Free the pipeline, its threads and its memory; tensors that were handed out stay valid."""
         self._feed.under_way.clear()
         self._pipeline = None
+        if self._fused is not None:
+            self._fused.release()
+        if self._device.type == "cuda":
+            release_memory()
 
     def _build(self) -> Any:
         return build_pipeline(
@@ -162,6 +168,11 @@ class Stream:
                 self._feed.under_way.popleft()
         except RuntimeError:  # of a batch that nobody wants: no news, but the pipeline is gone
             self.close()
+
+
+def release_memory() -> None:
+    """Give back to the devices what DALI keeps of pipelines that are gone, for torch and others to use."""
+    backend.ReleaseUnusedMemory()  # type: ignore[attr-defined,unused-ignore]
 
 
 @contextmanager

@@ -227,7 +227,7 @@ class Engine:
             "flags": self.config.flags(),
             "fingerprint": self.fingerprint,
             "seconds": self.seconds,
-            "notes": {**self.notes, "skipped_steps": self.watch.skipped},
+            "notes": {**self.notes, "skipped_steps": self.watch.skipped, "bad_in_a_row": self.watch.bad_in_a_row},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -244,6 +244,7 @@ class Engine:
         self.step, self.seconds, self.notes = state["step"], state["seconds"], state["notes"]
         self.watch = Watch(self.world.rank, self.config.run.on_nan)  # what it saw was not of this state
         self.watch.skipped = self.notes.get("skipped_steps", 0)
+        self.watch.bad_in_a_row = self.notes.get("bad_in_a_row", 0)
 
 
 def _mixed(*numbers: int) -> int:

@@ -258,10 +258,8 @@ def _out_of_memory(start: Start, world: World, device: torch.device, store: dist
 
     def advise() -> None:
         bound = start.checkpoint is not None and resume.binds(start.checkpoint)
-        untried = lighter(config, bound)
+        untried = lighter(config, bound, tried=not of_loader)
         if of_loader:
-            if not bound:
-                untried.append("a smaller --batch-size")
             what = f"has no memory left for a batch's images; use {' or '.join(untried)}"
         else:
             mends = {"--microbatch {}, which learns the same": fitting_microbatch(config, world, device)}

@@ -90,12 +90,14 @@ def fit(
             if stall:
                 row["save_stall"], stall = stall, 0.0
             engine.seconds += elapsed
-            if judge.due() and not stopped and seen.fatal is None:
+            if judge.due() and seen.fatal is None:
                 # Judging may take minutes, and a machine that is taken away leaves seconds: saved before it, and again
                 # with the history that it adds to, so that a run that goes on judges nothing twice.
                 engine.notes[UNJUDGED] = row
                 if saver is not None:
-                    _save(engine, saver, ends=False)
+                    _save(engine, saver, ends=stopped)
+                if stopped:
+                    return False
                 if not _judge(row, engine, judge):
                     if saver is not None:
                         _save(engine, saver, ends=True)

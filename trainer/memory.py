@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dali_pipes.stream import release_memory
 from model.moco import Pair
 from trainer.config import Config, ConfigError, replace
 from trainer.distributed import World
@@ -38,17 +39,23 @@ def fitting_batch(config: Config, world: World, device: torch.device) -> int | N
     return fits and fits * world.size
 
 
-def lighter(config: Config, bound: bool) -> list[str]:
-    """What may take less memory, of that which the run can be given; `bound`: it goes on, and must learn the same."""
+def lighter(config: Config, bound: bool, tried: bool) -> list[str]:
+    """What may take less memory, of that which the run can be given.
+
+    bound: it goes on, and must learn the same. tried: without success, the smallest `--microbatch` and batch.
+    """
     found = []
-    with suppress(ConfigError):
-        check_microbatch(1, config.model.arch, build_model(config, sync_bn=False))
-        found.append("a smaller --microbatch")
+    if not tried:
+        with suppress(ConfigError):
+            check_microbatch(1, config.model.arch, build_model(config, sync_bn=False))
+            found.append("a smaller --microbatch")
     if not config.run.checkpoint_activations:
         with suppress(ValueError):
             build_model(replace(config, checkpoint_activations=True), sync_bn=False)
             found.append("--checkpoint-activations")
-    return [*found, "more GPUs", *([] if bound else ["a smaller --arch or --image-size"])]
+    if bound:
+        return [*found, "more GPUs"]
+    return [*found, "a smaller --arch or --image-size"] if tried else [*found, "more GPUs", "a smaller --batch-size"]
 
 
 def release() -> None:
@@ -56,6 +63,7 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        release_memory()
 
 
 def _largest(start: int, least: int, attempt: Callable[[int], None]) -> int | None:

@@ -74,18 +74,25 @@ class MetricsLog:
         A full disk costs a warning: the row is written with the next that finds room, TensorBoard has to do without.
         """
         finite = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in row.items()}
-        whole = os.fstat(self._rows.fileno()).st_size
         held_back, self._unwritten = bool(self._unwritten), self._unwritten + json.dumps(finite).encode() + b"\n"
         try:
-            if self._rows.write(self._unwritten) != len(self._unwritten):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._unwritten = b""
+            self._append()
         except OSError as error:
-            with suppress(OSError):
-                self._rows.truncate(whole)  # not half a row
             if not held_back:
                 self._warn(f"{self.file} cannot be written: {error.strerror}; training goes on, its rows follow later")
         self._draw(row)
+
+    def _append(self) -> None:
+        """Write the rows that wait, all or none."""
+        whole = os.fstat(self._rows.fileno()).st_size
+        try:
+            if self._rows.write(self._unwritten) != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                self._rows.truncate(whole)  # not half a row
+            raise
+        self._unwritten = b""
 
     def _draw(self, row: dict[str, Any]) -> None:
         if self._tensorboard is None:
@@ -99,7 +106,10 @@ class MetricsLog:
             self._warn(f"no more TensorBoard events in this process: {error.strerror}")
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush both, with the rows that found no room before, if there is room now."""
+        with suppress(OSError):
+            self._append()
+            os.fsync(self._rows.fileno())
         self._rows.close()
         if self._tensorboard is not None:
             with suppress(OSError):
@@ -119,6 +129,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
+
+
+def forget(folder: Path) -> None:
+    """Remove the metrics and TensorBoard events in a run's folder."""
+    for file in (folder / METRICS, *folder.glob("events.out.tfevents.*")):
+        file.unlink(missing_ok=True)
 
 
 class Display:

@@ -24,7 +24,7 @@ from trainer import config as configuration
 from trainer.config import Config, ConfigError
 from trainer.distributed import World, choose_device
 from trainer.engine import build_model, recipe
-from trainer.metrics import Display
+from trainer.metrics import Display, forget
 from trainer.microbatch import check_microbatch
 from trainer.run_folder import RunFolder
 from trainer.signals import Stopped
@@ -99,6 +99,8 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
 
     if recorded is not None:
         folder.check(recorded, config, index.fingerprint)
+    if recorded is not None:
+        _check_resume(config, recorded["flags"].get("resume"))
     for warning in warnings:
         display.say(f"warning: {warning}; going on with the one before")
     if file is None and config.run.resume is not None:
@@ -110,6 +112,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
         folder.lock()
         if any(config.run.out.glob("checkpoint_*.pt")):  # which would be replaced
             raise ConfigError(f"--out {config.run.out}: another process has trained there meanwhile; start once more")
+        forget(config.run.out)  # what a start that came to no checkpoint has told is not of this run
         folder.claim(config, index.fingerprint)
     index.save(config.run.out / TRAIN_INDEX)
     (config.run.out / VAL_INDEX).unlink(missing_ok=True)
@@ -155,6 +158,8 @@ def resolve(
             amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif amp == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise ConfigError(f"--amp tf32: {device} has none, GPUs of compute capability 8.0 or more have; use --amp off")
+    elif amp == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ConfigError(f"--amp bf16: {device} has none, GPUs of compute capability 8.0 or more have; use --amp fp16")
     compile_: str = config.run.compile
     if compile_ == "auto":
         compile_ = "on" if device.type == "cuda" else "off"
@@ -179,6 +184,17 @@ def _resolved_augment(config: Config, device: torch.device, say: Callable[[str],
     elif before not in (None, wanted):
         say(f"--augment {wanted}, where the run began with {before}: its views differ by rounding from here on")
     return wanted
+
+
+def _check_resume(config: Config, recorded: str | None) -> None:
+    """Raise `ConfigError` if a run that goes on by itself is asked to start from something else than it did."""
+    asked = config.run.resume
+    if asked is not None and (recorded is None or Path(recorded).name != asked.name):
+        began = f"from {recorded}" if recorded else "without one"
+        raise ConfigError(
+            f"--resume {asked}, but the run in --out {config.run.out} began {began} and goes on from its own newest "
+            "checkpoint; leave --resume out, or name a new --out"
+        )
 
 
 def _missing_compiler(device: torch.device) -> str | None:

@@ -55,9 +55,9 @@ class Watch:
 
     def __init__(self, rank: int, on_nan: Literal["skip", "stop"]) -> None:
         self.skipped = 0  # steps of the run that changed nothing
+        self.bad_in_a_row = 0  # of the last ones
         self._rank, self._on_nan = rank, on_nan
         self._steps: list[_Step] = []
-        self._bad_in_a_row = 0
         self._collapsed = False
 
     def add(self, step: int, bad: Tensor, outputs: Outputs, norm: Tensor, scaled: bool, indices: Tensor | None) -> None:
@@ -110,16 +110,18 @@ class Watch:
         return [f"loss or gradients were not finite and changed nothing: {which}{more}"]
 
     def _fatal(self, codes: list[int], bad: list[BadStep]) -> str | None:
+        most = 0
         for code in codes:
-            self._bad_in_a_row = self._bad_in_a_row + 1 if code == BAD else 0
-        mend = "Try a lower --lr, a longer --warmup-epochs, --clip-grad 1 or --amp bf16 in a new --out"
+            self.bad_in_a_row = self.bad_in_a_row + 1 if code == BAD else 0
+            most = max(most, self.bad_in_a_row)
+        mend = "Try a lower --lr, a longer --warmup-epochs or --clip-grad 1 in a new --out"
         if bad and self._on_nan == "stop":
             return (
                 f"loss or gradients are not finite at {bad[0]}; that step changed nothing and the run stops here. "
                 f"{mend}, or --on-nan skip to go on without such steps"
             )
-        if self._bad_in_a_row >= HOPELESS:
-            return f"loss or gradients were not finite for {self._bad_in_a_row} steps, the last {bad[-1]}. {mend}"
+        if most >= HOPELESS:
+            return f"loss or gradients were not finite for {most} steps in a row, the last {bad[-1]}. {mend}"
         return None
 
     def _collapse(self, seen: Spread) -> list[str]:

@@ -1,6 +1,7 @@
 """Files that go bad while a run reads them: it goes on, and every other slot of every batch is as it was to be."""
 
 import os
+import re
 import shutil
 import struct
 import time
@@ -13,6 +14,7 @@ from PIL import Image
 
 from dali_pipes import MOCO_V3, DatasetError, DatasetIndex, EvalLoader, ViewLoader
 from dali_pipes.failures import tolerated
+from dali_pipes.file_check import FileCheck
 from dali_pipes.gap import Gap
 from dali_pipes.order import epoch_permutation, equal_share, replace_failed
 from dali_pipes.reference import ReferenceViews
@@ -298,7 +300,7 @@ def test_a_disk_that_stumbles_is_read_once_more(index, undisturbed, monkeypatch)
     path = index.tree / index.names[4]
     whole = path.read_bytes()
     truncate(path)
-    monkeypatch.setattr("dali_pipes.failures._reason", lambda index, row: path.write_bytes(whole) and "")
+    monkeypatch.setattr("dali_pipes.failures._look", lambda index, row: path.write_bytes(whole) and FileCheck())
     loader = make(index)
     assert check_slots(copied(loader), undisturbed[:STEPS], failed=set()) == 0
     assert loader.failed == []
@@ -323,23 +325,68 @@ def test_what_only_dali_cannot_read_is_found_and_named(original, tmp_path, train
 
 def test_trouble_of_dalis_own_is_raised(index, monkeypatch):
     truncate(index.tree / index.names[4])
-    monkeypatch.setattr("dali_pipes.failures._reason", lambda index, row: "")
+    monkeypatch.setattr("dali_pipes.failures._look", lambda index, row: FileCheck())
     monkeypatch.setattr("dali_pipes.failures._undecoded", lambda index, rows, stream: {})
     with pytest.raises(DatasetError, match="DALI failed on a batch of readable files"):
         copied(make(index))
 
 
-def test_too_little_memory_is_no_trouble_of_the_images(index, monkeypatch):
-    """The words are those of libdali_core; a CPU never runs into them."""
+def test_a_decoder_that_fails_on_everything_blames_no_image(index, monkeypatch):
+    """As after an error of the GPU, which every later call repeats."""
+    loader = make(index, on_failed=lambda line: pytest.fail(line))
+    batches = iter(loader)
+    next(batches)
+
+    def broken(*_, **__):
+        raise RuntimeError("CUDA runtime API error cudaErrorIllegalAddress (700)")
+
+    monkeypatch.setattr(type(loader._stream._pipeline), "outputs", broken)
+    monkeypatch.setattr("dali_pipes.stream.decode", broken)
+    with pytest.raises(DatasetError, match=r"DALI failed on .* cudaErrorIllegalAddress"):
+        next(batches)
+    assert loader.failed == []
+
+
+def test_a_disk_that_was_away_for_a_moment_costs_no_image(index, undisturbed, monkeypatch):
+    away = index.tree.with_name("away")
+    pauses = []
+
+    def back_at_the_second_look(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            away.rename(index.tree)
+
+    monkeypatch.setattr("dali_pipes.failures.time.sleep", back_at_the_second_look)
+    loader, batches = reader(index, undisturbed, STEPS - 1)
+    index.tree.rename(away)
+    loader.set_epoch(1)
+    batches += copied(loader)
+    assert check_slots(batches[STEPS - 1 :], undisturbed[STEPS : 2 * STEPS], failed=set()) == 0
+    assert pauses == [5.0, 20.0]
+    assert loader.failed == []
+
+
+def test_a_disk_that_stays_away_ends_the_run_without_blame(index, undisturbed, monkeypatch):
+    monkeypatch.setattr("dali_pipes.failures.time.sleep", lambda seconds: None)
+    loader, _ = reader(index, undisturbed, 2)
+    index.tree.rename(index.tree.with_name("away"))
+    with pytest.raises(DatasetError, match=r"none of \d+ files can be read, the first .*No such file.*their disk"):
+        copied(loader)
+    assert loader.failed == []
+
+
+@pytest.mark.parametrize("words", ["Can't allocate 4096 bytes on device 0.", "cudaErrorMemoryAllocation (2)"])
+def test_too_little_memory_is_no_trouble_of_the_images(words, index, monkeypatch):
+    """The words are those of libdali_core and of what it passes on; a CPU never runs into them."""
     loader = make(index)
     batches = iter(loader)
     next(batches)
 
     def outputs(pipeline):
-        raise RuntimeError("Critical error in pipeline:\nCan't allocate 4096 bytes on device 0.")
+        raise RuntimeError(f"Critical error in pipeline:\n{words}")
 
     monkeypatch.setattr(type(loader._stream._pipeline), "outputs", outputs)
-    with pytest.raises(torch.OutOfMemoryError, match="Can't allocate 4096 bytes on device 0"):
+    with pytest.raises(torch.OutOfMemoryError, match=re.escape(words)):
         next(batches)
 
 
@@ -356,6 +403,10 @@ def test_a_state_with_rows_of_another_index(index):
     state = make(index).state_dict()
     with pytest.raises(ValueError, match="are not all rows of an index of 25"):
         make(index).load_state_dict({**state, "failed": [25]})
+    with pytest.raises(ValueError, match="are not all rows of an index of 25"):
+        make(index).add_failed([-1])
+    with pytest.raises(DatasetError, match=r"2 images that passed .* at most 1 may fail"):
+        make(index, max_failed=1).load_state_dict({**state, "failed": [3, 4]})
 
 
 @pytest.mark.parametrize("count", [40, 47])

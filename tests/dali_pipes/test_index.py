@@ -2,8 +2,10 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.file_check import FileCheck
 from tests.dali_pipes.odd_files import BAD, GOOD, encoded, picture, write_odd_files
 
 
@@ -65,6 +68,50 @@ def test_full_level_finds_damage_inside(tmp_path, pictures):
     (tmp_path / "good.jpg").write_bytes(encoded(pictures[0], "JPEG"))
     assert len(DatasetIndex.scan(tmp_path)) == 2
     assert DatasetIndex.scan(tmp_path, level="full").names == ["good.jpg"]
+
+
+def test_whatever_pillow_raises_is_of_one_file(tmp_path):
+    tiff = bytearray(encoded(picture(0), "TIFF"))
+    offsets = tiff.index(struct.pack("<H", 273), struct.unpack_from("<I", tiff, 4)[0])
+    struct.pack_into("<H", tiff, offsets + 2, 2)  # where the pixels are is said in letters: a TypeError
+    (tmp_path / "letters.tif").write_bytes(tiff)
+    start = b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\x14ftypjp2 \0\0\0\0jp2 "
+    (tmp_path / "huge.jpg").write_bytes(start + struct.pack(">I4sQ", 1, b"jp2h", 2**62) + b"ihdr")  # a MemoryError
+    (tmp_path / "good.png").write_bytes(encoded(picture(0), "PNG"))
+    index = DatasetIndex.scan(tmp_path)
+    assert index.names == ["good.png"]
+    assert {Path(path).name for path, _ in index.rejected} == {"letters.tif", "huge.jpg"}
+    assert all(reason for _, reason in index.rejected)
+
+
+def test_a_folder_without_images_is_no_class(tree):
+    """ImageFolder would refuse it; many a tool leaves one."""
+    before = DatasetIndex.scan(tree)
+    (tree / ".ipynb_checkpoints").mkdir()
+    (tree / "empty" / "deep").mkdir(parents=True)
+    (tree / "empty" / "notes.txt").write_text("no image by its name")
+    after = DatasetIndex.scan(tree)
+    assert (after.classes, after.fingerprint) == (before.classes, before.fingerprint)
+
+
+def test_ctrl_c_does_not_wait_for_all_that_was_begun(tmp_path, monkeypatch):
+    for i in range(400):
+        (tmp_path / f"{i:03d}.jpg").write_bytes(b"")
+    looked = []
+
+    def look(path, level):
+        looked.append(path)
+        time.sleep(0.05 if Path(path).stem >= "025" else 0)  # all but the first portion are slow
+        return FileCheck(1, 1)
+
+    def stop(done, count):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dali_pipes.index.check_file", look)
+    monkeypatch.setattr("dali_pipes.index.PORTIONS", 16)
+    with pytest.raises(KeyboardInterrupt):
+        DatasetIndex.scan(tmp_path, progress=stop)
+    assert len(looked) < 200
 
 
 def test_unreadable_and_missing_files_are_set_aside(tree):

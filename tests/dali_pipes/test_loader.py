@@ -276,6 +276,13 @@ def test_wrong_arguments_are_named_with_the_mend(index, options, error, message)
         make(index, **options)
 
 
+def test_a_gpu_that_is_not_there_is_named(index, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device cuda:9 is not there for DALI; use cuda:0 to cuda:1"):
+        make(index, device="cuda:9")
+
+
 def test_positions_that_do_not_exist(index):
     loader = make(index)
     with pytest.raises(ValueError, match="saved at global batch 8, this loader's is 4"):

@@ -107,7 +107,7 @@ def test_what_stays_float32_has_the_bits_that_were_asked_for(amp, least, most, s
 
 @pytest.mark.parametrize("arch", ["vit_conv_small", "resnet18"])
 def test_deterministic_runs_are_equal_bit_for_bit(arch, sample, tmp_path):
-    flags = [*DEMO, "--device", "cuda", "--data", str(sample), "--no-knn", "--deterministic", "--max-steps", "5"]
+    flags = [*DEMO, "--device", "cuda", "--data", str(sample), "--deterministic", "--max-steps", "5"]
     if arch == "resnet18":
         flags += f"--arch {arch} --embed-dim None --depth None --num-heads None --optimizer lars".split()
     states = []

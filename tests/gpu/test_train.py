@@ -73,4 +73,8 @@ def test_under_torchrun_with_nccl(ranks, sample, tmp_path, start):
     process = start("--device", "cuda", "--data", sample, "--out", tmp_path / "run", ranks=ranks)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
-    assert len(losses(tmp_path / "run")) == 9
+    found = losses(tmp_path / "run")
+    assert len(found) == 9
+    if ranks > 1:  # as one process, but for rounding
+        assert run([*TINY, "--device", "cuda", "--data", str(sample), "--out", str(tmp_path / "one"), "--no-knn"]) == 0
+        assert found[:4] == pytest.approx(losses(tmp_path / "one")[:4], rel=0.02)

@@ -156,4 +156,16 @@ def test_a_run_in_which_every_step_is_bad_ends(train, bad_at, monkeypatch, capsy
     bad_at(*range(3, 10))
     monkeypatch.setattr(watch, "HOPELESS", 4)
     assert train("--no-knn", "--on-nan", "skip") == 1
-    assert "not finite for 4 steps, the last step 6" in capsys.readouterr().err
+    assert "not finite for 4 steps in a row, the last step 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--log-every", 1], ["--log-every", 9]], ids=["interrupted", "in one reading"])
+def test_no_interruption_and_no_good_step_behind_them_hides_such_a_row_of_steps(
+    flags, train, bad_at, monkeypatch, capsys
+):
+    bad_at(2, 3, 4, 5)
+    monkeypatch.setattr(watch, "HOPELESS", 4)
+    if flags == ["--log-every", 1]:
+        assert train("--no-knn", "--on-nan", "skip", "--max-steps", 4, *flags) == 0
+    assert train("--no-knn", "--on-nan", "skip", *flags) == 1
+    assert "not finite for 4 steps in a row, the last step 5" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from tests.dali_pipes.odd_files import broken_inside
 from tests.trainer.conftest import write_lists
 from trainer import checkpoint
+from trainer.engine import Engine
 from trainer.judgement import Judge
 from trainer.metrics import read_metrics
 
@@ -98,6 +99,23 @@ def test_a_signal_ends_the_judging_and_the_run_goes_on_with_that(train, tmp_path
         assert (status["status"], status["step"]) == ("preempted", step)
         assert len(read_metrics(tmp_path / "run")) == step - 1
     monkeypatch.undo()
+    assert train("--knn-every", 1) == 0
+    assert_same_trace(tmp_path)
+
+
+def test_a_stop_at_a_step_that_is_to_be_judged_leaves_that_for_later(train, tmp_path, monkeypatch):
+    train_step = Engine.train_step
+
+    def signalled(engine, *batch):
+        if engine.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(engine, *batch)
+
+    assert train("--knn-every", 1, out="whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "train_step", signalled)
+        assert train("--knn-every", 1) == 0
+    assert len(read_metrics(tmp_path / "run")) == 5
     assert train("--knn-every", 1) == 0
     assert_same_trace(tmp_path)
 

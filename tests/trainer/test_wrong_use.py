@@ -71,6 +71,13 @@ def test_tf32_where_there_is_none(refused):
     assert "--amp tf32: cpu has none" in refused("--device", "cpu", "--amp", "tf32")
 
 
+def test_bf16_where_a_gpu_only_emulates_it(monkeypatch):
+    config = configuration.parse(["demo", "--data", "data", "--out", "out", "--amp", "bf16"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(configuration.ConfigError, match=r"--amp bf16: cuda:0 has none, .*; use --amp fp16"):
+        preparation.resolve(config, torch.device("cuda", 0), print)
+
+
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over(device, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -175,6 +182,39 @@ def test_resume_of_a_missing_or_another_runs_checkpoint(train, refused, tmp_path
     assert "damaged, its checksum does not match" in refused("--resume", own)
 
 
+def test_a_run_that_goes_on_by_itself_takes_no_other_start(train, refused, tmp_path, capsys):
+    assert train("--no-knn", "--max-steps", 2, "--save-every", 1, "--keep", 0) == 0
+    first = tmp_path / "run" / "checkpoint_00000001.pt"
+    capsys.readouterr()
+    line = refused("--no-knn", "--resume", first)
+    assert "began without one and goes on from its own newest checkpoint; leave --resume out" in line
+    flags = ["--no-knn", "--resume", first]
+    assert train(*flags, "--max-steps", 3, out="new") == 0
+    assert train(*flags, "--max-steps", 4, out="new") == 0  # as a scheduler that starts the same command again
+    capsys.readouterr()
+    other = refused("--no-knn", "--resume", tmp_path / "run" / "checkpoint_00000002.pt", out="new")
+    assert f"began from {first}" in other
+
+
+def test_what_a_start_without_a_checkpoint_has_told_is_forgotten(train, losses, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    assert train("--no-knn", "--max-steps", 4, out="first") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.loop._save", killed)
+        with pytest.raises(Killed):
+            train("--no-knn", "--seed", 1)
+    assert losses()
+    events = list((tmp_path / "run").glob("events.out.tfevents.*"))
+    assert train("--no-knn", "--resume", tmp_path / "first" / "checkpoint_00000004.pt") == 0
+    assert list(losses()) == [5, 6, 7, 8, 9]
+    assert not any(file.exists() for file in events)
+
+
 def test_a_damaged_index_of_the_run_is_said_with_the_mend(train, refused, tmp_path, capsys):
     assert train("--no-knn", "--max-steps", 1) == 0
     capsys.readouterr()
@@ -222,11 +262,11 @@ def test_too_little_memory_for_the_images_of_a_batch(train, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("flags", "more", "advice"),
     [
-        ("--arch vit_small", "--microbatch 2", "a smaller --microbatch or --checkpoint-activations or more GPUs"),
+        ("--arch vit_small", "--microbatch 2", "--checkpoint-activations or more GPUs"),
         ("", "", "--checkpoint-activations or more GPUs"),
         ("", "--checkpoint-activations", "more GPUs"),
     ],
-    ids=["vit", "conv stem", "nothing else"],
+    ids=["chunks, which were tried", "no chunks", "nothing else"],
 )
 def test_a_run_that_goes_on_is_told_only_what_it_may_change(flags, more, advice, train, monkeypatch, capsys):
     assert train(*flags.split(), "--no-knn", "--max-steps", 1) == 0
