@@ -214,3 +214,26 @@ def test_memory_of_the_device_is_flat(photos, augment):
 
     before = epochs(5)
     assert epochs(30) - before < 16
+
+
+def test_a_closed_loader_gives_the_devices_memory_back(photos, augment):
+    """DALI would keep what its pipelines had, where torch cannot use it."""
+
+    def used():
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**20
+
+    def cycle():
+        loader = ViewLoader(photos, batch_size=8, image_size=SIZE, device="cuda", augment=augment)
+        next(iter(loader))
+        held = used()
+        loader.close()
+        return held, used()
+
+    cycle()  # what libraries load and keep
+    held, left = cycle()
+    assert left < held
+    assert cycle()[1] - left < 16
