@@ -120,7 +120,7 @@ def decoder_rows(index: DatasetIndex, draws: int, device: str = "cpu", seed: int
         ours = _named(partial(decode, device=device), paths)
         gaps["decoder" if device == "cpu" else "JPEG engine on"] += Gap.between(ours, theirs)
         if device != "cpu":
-            by_cuda = decode(paths, device, jpeg_engine=False)
+            by_cuda = _named(partial(decode, device=device, jpeg_engine=False), paths)
             gaps["JPEG engine off"] += Gap.between(by_cuda, theirs)
             gaps["on against off"] += Gap.between(ours, by_cuda)
     return [Row.of(None, name, gap) for name, gap in gaps.items()]
@@ -130,11 +130,11 @@ def _named(decoder: Callable[[list[str]], Pixels], paths: list[str]) -> Pixels:
     """What a decoder gives for these files; an error, which names none of them, becomes one that does."""
     try:
         return decoder(paths)
-    except (OSError, RuntimeError):
+    except Exception:  # Pillow raises many types
         for path in paths:
             try:
                 decoder([path])
-            except (OSError, RuntimeError) as error:
+            except Exception as error:
                 reason = " ".join(str(error).split())[:200]
                 mend = "another image stands in for it in training; here, move it away and start again"
                 raise DatasetError(f"{path} cannot be decoded ({reason}); {mend}") from None

@@ -18,7 +18,7 @@ from dali_pipes.scan_cache import stamp
 from dali_pipes.stream import BrokenBatch, Stream
 
 _TOGETHER = 16  # images that are decoded at once to find one that cannot be
-_PAUSES = (5.0, 20.0, 60.0)  # seconds between looks at files that are away all at once
+_PAUSES = (1.0, 4.0, 15.0)  # seconds between looks at files that are away all at once; torchrun kills after 30
 
 
 def tolerated(count: int) -> int:
@@ -30,6 +30,10 @@ def tolerated(count: int) -> int:
     return max(10, count // 1000)
 
 
+class DiskAway(DatasetError):
+    """None of some files can be read, and their disk was waited for."""
+
+
 def unusable(index: DatasetIndex, rows: Iterable[int], failure: str, stream: Stream) -> dict[int, str]:
     """Of the rows that the stream's DALI failed on, those whose files are unfit, each with "path: reason".
 
@@ -37,8 +41,8 @@ def unusable(index: DatasetIndex, rows: Iterable[int], failure: str, stream: Str
     Files that are away all at once are waited for: it is their disk.
 
     Raises:
-        DatasetError: every file decodes, or nothing does, so that the `failure` is DALI's own trouble; or the disk is
-            still away.
+        DatasetError: every file decodes, or nothing does, so that the `failure` is DALI's own trouble.
+        DiskAway: they are still away.
     """
     chosen = sorted({int(row) for row in rows})
     found = _unfit(index, chosen)
@@ -49,7 +53,7 @@ def unusable(index: DatasetIndex, rows: Iterable[int], failure: str, stream: Str
         found = _unfit(index, chosen)
     if _away(found, chosen):
         first = f"{index.path(chosen[0])}: {found[chosen[0]].reason}"
-        raise DatasetError(f"none of {len(chosen)} files can be read, the first {first}; is their disk still there?")
+        raise DiskAway(f"none of {len(chosen)} files can be read, the first {first}; is their disk still there?")
     reasons = {row: check.reason for row, check in found.items()}
     if not reasons and _decodes(stream):
         reasons = _undecoded(index, chosen, stream)
@@ -65,7 +69,7 @@ def _unfit(index: DatasetIndex, rows: list[int]) -> dict[int, FileCheck]:
 
 
 def _away(found: dict[int, FileCheck], rows: list[int]) -> bool:
-    return len(found) == len(rows) >= 4 and all(check.passing for check in found.values())
+    return len(found) == len(rows) >= 4 and all(check.of_disk for check in found.values())
 
 
 def _decodes(stream: Stream) -> bool:
@@ -141,8 +145,8 @@ class Salvager:
             # before may be among the rows that were read ahead; it is no news, and explains the failure.
             try:
                 found = unusable(self._plan.index, rows, failure, self._stream)
-            except DatasetError:
-                if retried:
+            except DatasetError as error:
+                if retried or isinstance(error, DiskAway):
                     raise
                 retried = True  # the disk may have stumbled: once more, before it counts as DALI's own trouble
                 continue

@@ -23,7 +23,7 @@ class FileCheck:
     width: int = 0
     height: int = 0
     reason: str = ""
-    passing: bool = False  # the reason may go without the file's size or time changing: its rights, its disk
+    of_disk: bool = False  # the reason is none of what is in the file: its rights, its disk
 
 
 def check_file(path: str, level: Level = "header") -> FileCheck:
@@ -54,8 +54,7 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
     except Image.DecompressionBombError as error:
         return FileCheck(reason=str(error))
     except Exception as error:  # on damaged files Pillow raises many types
-        passing = getattr(error, "errno", None) is not None or isinstance(error, MemoryError)
-        return FileCheck(reason=str(error) or type(error).__name__, passing=passing)
+        return FileCheck(reason=str(error) or type(error).__name__, of_disk=getattr(error, "errno", None) is not None)
     return FileCheck(width, height)
 
 

@@ -140,9 +140,11 @@ class FusedViews:
 
     def release(self) -> None:
         """Wait until all kernels are done, and give DALI the last crops back."""
-        if self.stream is not None:
-            self.stream.synchronize()
-        self._in_use.clear()
+        try:
+            if self.stream is not None:
+                self.stream.synchronize()
+        finally:
+            self._in_use.clear()
 
 
 def check_spec(spec: ViewSpec) -> None:

@@ -26,7 +26,7 @@ Pathlike = str | os.PathLike[str]
 
 _BESIDE = "lies beside the class folders and so is of no class; move it into one"
 READERS = 16  # threads: most of the work is waiting for the disk
-PORTIONS = 1000  # calls of a progress, about
+CALLS = 1000  # of a progress, about
 LARGEST_PORTION = 256  # files that a thread takes at once: what it has not done with at a Ctrl-C is lost
 
 
@@ -256,7 +256,7 @@ def _looked_at(found: Listing, level: Level, progress: Callable[[int, int], None
         return Looks.of(looks)
 
     count, done, told, stopped = len(found.names), 0, 0, threading.Event()
-    step = max(1, count // PORTIONS)
+    step = max(1, count // CALLS)
     portion = min(step, LARGEST_PORTION)
     parts: list[Looks] = []
     # What Pillow warns of is rejected by `check_file`. The filter is the process's, so it is set around all threads.

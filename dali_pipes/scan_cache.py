@@ -65,7 +65,7 @@ class Looks:
         return cls(**columns, reasons=reasons)
 
     def at(self, rows: Sequence[int]) -> "Looks":
-        """Those of these places, at files that can all be used."""
+        """Those of these places, none of which has a reason."""
         return Looks(**{name: getattr(self, name)[list(rows)] for name in _COLUMNS}, reasons={})
 
 

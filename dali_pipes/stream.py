@@ -3,7 +3,7 @@
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,10 +123,11 @@ class Stream:
         """Free the pipeline, its threads and its memory; tensors that were handed out stay valid."""
         self._feed.under_way.clear()
         self._pipeline = None
-        if self._fused is not None:
-            self._fused.release()
-        if self._device.type == "cuda":
-            release_memory()
+        with suppress(RuntimeError):  # after an error of the GPU, which is told elsewhere
+            if self._fused is not None:
+                self._fused.release()
+            if self._device.type == "cuda":
+                release_memory()
 
     def _build(self) -> Any:
         return build_pipeline(

@@ -312,9 +312,8 @@ def generate(
         if value < lowest:
             raise ValueError(f"--{flag} {value} is too small; use {lowest} or more")
     parameters = json.dumps({"version": VERSION, "seed": seed, "per_class": counts})
-    if _is_complete(out, parameters):
-        return 0
-
+    if not out.is_dir():
+        _is_complete(out, parameters)  # else it is looked at alone, as another process may be about to complete it
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         return 0 if _is_complete(out, parameters) else _draw(out, seed, counts, parameters, processes)

@@ -36,6 +36,10 @@ _CONTENT: dict[str, type | tuple[type, ...]] = {
 }
 
 
+class NotRemoved(OSError):
+    """The checkpoint was written, and an older one stays in its place."""
+
+
 class UnreadableNow(ConfigError):
     """The disk or the memory is in the way, not what is in the file."""
 
@@ -57,8 +61,8 @@ def save(folder: Path, state: dict[str, Any], keep: int, keep_steps: int | None 
     Those whose step is a multiple of `keep_steps` stay for good.
 
     Raises:
-        OSError: it could not be written (disk full, read-only); the older checkpoints and `latest` are untouched. Or it
-            is there, and an older one could not be removed.
+        OSError: it could not be written (disk full, read-only); the older checkpoints and `latest` are untouched.
+        NotRemoved: it was, and an older one could not be removed.
     """
     file = folder / f"checkpoint_{state['step']:08d}.pt"
     try:
@@ -72,11 +76,14 @@ def save(folder: Path, state: dict[str, Any], keep: int, keep_steps: int | None 
     # What stands after this step was damaged, or the run would have gone on from there.
     later, kept = files[: files.index(file)], files[files.index(file) :]
     stale = [old for old in kept[keep:] if not keep_steps or _step_of(old) % keep_steps] if keep else []
+    failed: OSError | None = None
     for old in [*later, *stale]:
         try:
             old.unlink(missing_ok=True)
         except OSError as error:
-            raise OSError(f"{old} could not be removed: {error}") from error
+            failed = failed or NotRemoved(f"{old} could not be removed: {error}")
+    if failed is not None:
+        raise failed
     return file
 
 

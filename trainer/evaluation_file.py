@@ -10,6 +10,7 @@ import torch
 from dali_pipes.replacing import replacing
 from evaluation.accuracy import Accuracy, Done
 from trainer.distributed import World, gathered
+from trainer.saving import copy_aside
 
 FORMAT = 1
 
@@ -33,24 +34,25 @@ class EvaluationFile:
 
         None if there is no such, or not on every rank. Every rank must call it.
         """
-        found = self._read() if self._file.exists() else None
-        done = found["done"] if found is not None else None
-        epochs = gathered(len(done["accuracies"]) if done is not None else 0)
-        if found is None or done is None or len(set(epochs)) > 1:
+        unfinished = self._read() if self._file.exists() else None
+        epochs = gathered(len(unfinished["accuracies"]) if unfinished is not None else 0)
+        if unfinished is None or len(set(epochs)) > 1:
             return None
-        learner.load_state_dict(found["state"])
-        return Done([[Accuracy(**each) for each in epoch] for epoch in done["accuracies"]], done["losses"])
+        learner.load_state_dict(unfinished["state"])
+        accuracies = [[Accuracy(**each) for each in epoch] for epoch in unfinished["accuracies"]]
+        return Done(accuracies, unfinished["losses"])
 
     def _read(self) -> dict[str, Any] | None:
         try:
             found = torch.load(self._file, map_location="cpu", weights_only=True)
             same = found["format"] == FORMAT and found["identity"] == self._identity
+            unfinished: dict[str, Any] | None = found["unfinished"]
         except Exception as error:  # whatever bytes are in it: torch raises many types for what it cannot read
             self._say(f"{self._file} cannot be read ({type(error).__name__}); beginning anew")
             return None
-        if not same and found["done"] is not None:
+        if not same and unfinished is not None:
             self._say(f"{self._file} was begun for another step, other images or flags; beginning anew")
-        return found if same else None
+        return unfinished if same else None
 
     def save(self, learner: Learner, done: Done, ended: bool) -> None:
         """After an epoch; what is only needed to go on is left out once the last one has ended.
@@ -59,12 +61,12 @@ class EvaluationFile:
         """
         if self._world.rank:
             return
-        state = learner.state_dict()
-        content: dict[str, Any] = {"format": FORMAT, "identity": self._identity, "done": None}
+        state = copy_aside(learner.state_dict(), None)  # on the CPU, so that a machine without a GPU can read it
+        content: dict[str, Any] = {"format": FORMAT, "identity": self._identity, "unfinished": None}
         if ended:
             content |= {name: part for name, part in state.items() if name not in ("optimizer", "scaler")}
         else:
-            content |= {"done": dataclasses.asdict(done), "state": state}
+            content["unfinished"] = {**dataclasses.asdict(done), "state": state}
         try:
             with replacing(self._file) as stream:
                 torch.save(content, stream)

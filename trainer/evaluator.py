@@ -23,7 +23,8 @@ from trainer.evaluation_file import EvaluationFile, Learner
 from trainer.export import TrainedRun
 
 EVAL_BATCH = 256  # images a rank, where nothing is learned
-_FREE = ("run", "data", "outside", "device", "workers", "name")  # flags that a result does not depend on
+# Flags that a result does not depend on; what images and weights it is of, is said by step and fingerprints.
+_FREE = ("run", "data", "outside", "device", "workers", "name")
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

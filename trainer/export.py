@@ -221,8 +221,8 @@ def _builder(run: TrainedRun) -> Builder:
 
 
 def _by_timm(name: str, size: int, arguments: dict[str, Any]) -> Builder:
-    """With the images as they were in training, which timm's `resolve_model_data_config` then tells its users: its own
-    entry has other means for ViTs.
+    """Also tells timm's `resolve_model_data_config` our normalisation and our crop in evaluation: timm's own entry has
+    other means for ViTs.
     """
     images = {"input_size": (3, size, size), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     overlay = {**images, "interpolation": "bilinear", "crop_pct": CROP / RESIZE, "crop_mode": "center"}

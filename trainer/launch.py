@@ -102,7 +102,8 @@ def _lead(argv: list[str], world: World, store: dist.Store | None, display: Disp
 
 def _packed(start: Start) -> dict[str, Any]:
     flags = {name: value for name, value in start.config.flags().items() if name not in _NOT_SHARED}
-    return {"flags": flags, "checkpoint": str(start.checkpoint or ""), "gone": start.gone, "has_val": start.has_val}
+    kept = {"gone": start.gone, "has_val": start.has_val, "bound": start.bound}
+    return {"flags": flags, "checkpoint": str(start.checkpoint or ""), **kept}
 
 
 def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | None:
@@ -118,7 +119,7 @@ def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | 
         print(f"warning: rank {world.rank} takes the flags of rank 0: {phrases}", flush=True)
     config = configuration.replace(config, **leading)
     file = Path(found["checkpoint"]) if found["checkpoint"] else None
-    return Start(config, file, gone=found["gone"], has_val=found["has_val"])
+    return Start(config, file, gone=found["gone"], has_val=found["has_val"], bound=found["bound"])
 
 
 def _train(
@@ -177,14 +178,13 @@ def _train_on(engine: Engine, store: dist.Store | None, display: Display, signal
         f"augment {config.data.augment}, amp {config.run.amp}, compile {config.run.compile}, "
         f"step {engine.step} of {engine.last}"
     )
-    if judge.trees and engine.step == 0:
-        engine.notes["knn_before"] = judge.accuracy()
-    with signals.patiently():
-        finished = _fit(engine, store, display, signals, judge)
-    if not finished:
-        display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
-        return False
-    after = judge.accuracy()
+    with signals.patiently():  # steps and judgings end together on all ranks, when they see that they are to stop
+        if judge.trees and engine.step == 0:
+            engine.notes["knn_before"] = judge.accuracy()
+        if not _fit(engine, store, display, signals, judge):
+            display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
+            return False
+        after = judge.accuracy()
     if world.rank == 0:
         conclude(write_summary(engine, config.run.out, after), config.run.out, display)
     return True
@@ -257,16 +257,14 @@ def _out_of_memory(start: Start, world: World, device: torch.device, store: dist
     config = start.config
 
     def advise() -> None:
-        bound = start.checkpoint is not None and resume.binds(start.checkpoint)
-        untried = lighter(config, bound, tried=not of_loader)
         if of_loader:
-            what = f"has no memory left for a batch's images; use {' or '.join(untried)}"
+            what = f"has no memory left for a batch's images; use {lighter(config, start.bound, untried=True)}"
         else:
             mends = {"--microbatch {}, which learns the same": fitting_microbatch(config, world, device)}
-            if not bound:
+            if not start.bound:
                 mends["--batch-size {}"] = fitting_batch(config, world, device)
             fits = [flag.format(size) for flag, size in mends.items() if size]
-            mend = f"a step fits with {' or '.join(fits)}" if fits else f"use {' or '.join(untried)}"
+            mend = f"a step fits with {' or '.join(fits)}" if fits else f"use {lighter(config, start.bound)}"
             what = f"is out of memory; {mend}"
         _report(ConfigError(f"--batch-size {config.optim.batch_size}: {device} {what}"), 2)
 

@@ -90,25 +90,23 @@ def fit(
             if stall:
                 row["save_stall"], stall = stall, 0.0
             engine.seconds += elapsed
+            for warning in seen.warnings:
+                display.say(f"warning: {warning}")
             if judge.due() and seen.fatal is None:
                 # Judging may take minutes, and a machine that is taken away leaves seconds: saved before it, and again
                 # with the history that it adds to, so that a run that goes on judges nothing twice.
                 engine.notes[UNJUDGED] = row
                 if saver is not None:
-                    _save(engine, saver, ends=stopped)
-                if stopped:
-                    return False
-                if not _judge(row, engine, judge):
+                    saver.save(engine.state_dict())
+                if stopped or not _judge(row, engine, judge):
                     if saver is not None:
-                        _save(engine, saver, ends=True)
+                        _end(saver)
                     return False
             if log is not None:
                 log.write(row)
             display.show(row)
             if advice := advisor.hear(waited, elapsed):
                 display.say(advice)
-            for warning in seen.warnings:
-                display.say(f"warning: {warning}")
             if seen.fatal is not None:
                 raise TrainingError(seen.fatal)
             if saves and saver is not None:
@@ -151,7 +149,12 @@ def _read(engine: Engine, loss: Tensor) -> float:
 def _save(engine: Engine, saver: Saver, ends: bool) -> float:
     """Begin to save; returns the seconds that training waited. The last save is waited for."""
     stall = saver.save(engine.state_dict())
-    error = saver.wait() if ends else None
-    if error is not None:
-        raise TrainingError(f"{error}; make room and run the same command again")
+    if ends:
+        _end(saver)
     return stall
+
+
+def _end(saver: Saver) -> None:
+    """Wait for the save under way, the run's last."""
+    if (error := saver.wait()) is not None:
+        raise TrainingError(f"{error}; make room and run the same command again")

@@ -39,13 +39,13 @@ def fitting_batch(config: Config, world: World, device: torch.device) -> int | N
     return fits and fits * world.size
 
 
-def lighter(config: Config, bound: bool, tried: bool) -> list[str]:
-    """What may take less memory, of that which the run can be given.
+def lighter(config: Config, bound: bool, untried: bool = False) -> str:
+    """What may take less memory and this run can be given, for the user; `bound`: it must learn the same.
 
-    bound: it goes on, and must learn the same. tried: without success, the smallest `--microbatch` and batch.
+    untried: smaller chunks and batches are among it; else it is known that none fits.
     """
     found = []
-    if not tried:
+    if untried:
         with suppress(ConfigError):
             check_microbatch(1, config.model.arch, build_model(config, sync_bn=False))
             found.append("a smaller --microbatch")
@@ -53,9 +53,11 @@ def lighter(config: Config, bound: bool, tried: bool) -> list[str]:
         with suppress(ValueError):
             build_model(replace(config, checkpoint_activations=True), sync_bn=False)
             found.append("--checkpoint-activations")
-    if bound:
-        return [*found, "more GPUs"]
-    return [*found, "a smaller --arch or --image-size"] if tried else [*found, "more GPUs", "a smaller --batch-size"]
+    if bound or untried:
+        found.append("more GPUs")
+    if not bound:
+        found.append("a smaller --batch-size" if untried else "a smaller --arch or --image-size")
+    return " or ".join(found)
 
 
 def release() -> None:

@@ -44,6 +44,7 @@ class Start:
     state: dict[str, Any] | None = None  # what is in it, where it was read already: on rank 0
     gone: list[int] = field(default_factory=list)  # rows of the index that are known to be bad by now
     has_val: bool = False  # whether there are images to judge features on
+    bound: bool = False  # it goes on, and must learn the same
     folder: RunFolder | None = None  # rank 0 holds its lock
 
 
@@ -97,23 +98,24 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     check_microbatch(config.run.microbatch, config.model.arch, model)
     check_image_size(config, model)
 
+    bound = recorded is not None
     if recorded is not None:
         folder.check(recorded, config, index.fingerprint)
-    if recorded is not None:
         _check_resume(config, recorded["flags"].get("resume"))
     for warning in warnings:
         display.say(f"warning: {warning}; going on with the one before")
     if file is None and config.run.resume is not None:
         file = config.run.resume
-        for remark in resume.check(file, config, index.fingerprint, model):
+        remarks, bound = resume.check(file, config, index.fingerprint, model)
+        for remark in remarks:
             display.say(remark)
 
     if recorded is None:
         folder.lock()
         if any(config.run.out.glob("checkpoint_*.pt")):  # which would be replaced
             raise ConfigError(f"--out {config.run.out}: another process has trained there meanwhile; start once more")
-        forget(config.run.out)  # what a start that came to no checkpoint has told is not of this run
         folder.claim(config, index.fingerprint)
+        forget(config.run.out)  # what a start that came to no checkpoint has told is not of this run
     index.save(config.run.out / TRAIN_INDEX)
     (config.run.out / VAL_INDEX).unlink(missing_ok=True)
     if val is not None:
@@ -122,7 +124,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     folder.sweep()
     if not folder.has_locks:
         display.say(f"warning: the filesystem of {config.run.out} has no locks; start only one run in that folder")
-    return Start(config, file, state, gone, has_val=val is not None, folder=folder)
+    return Start(config, file, state, gone, val is not None, bound, folder)
 
 
 def check_image_size(config: Config, model: MoCoV3) -> None:
@@ -189,7 +191,7 @@ def _resolved_augment(config: Config, device: torch.device, say: Callable[[str],
 def _check_resume(config: Config, recorded: str | None) -> None:
     """Raise `ConfigError` if a run that goes on by itself is asked to start from something else than it did."""
     asked = config.run.resume
-    if asked is not None and (recorded is None or Path(recorded).name != asked.name):
+    if asked is not None and (recorded is None or Path(recorded).absolute() != asked.absolute()):
         began = f"from {recorded}" if recorded else "without one"
         raise ConfigError(
             f"--resume {asked}, but the run in --out {config.run.out} began {began} and goes on from its own newest "
@@ -216,8 +218,10 @@ def _as_started(now: DatasetIndex, origin: Path, most: int | None, display: Disp
         return now, []
     try:
         started = DatasetIndex.load(file, tree=now.tree)
-    except DatasetError as error:
-        raise ConfigError(f"{error}, or remove it: then it is made anew") from None
+    except DatasetError:
+        raise ConfigError(
+            f"{file} is damaged; restore it, or remove it: without it a run goes on only if no image went bad since"
+        ) from None
     gone = started.lost(now)
     if not gone or len(gone) > (tolerated(len(started)) if most is None else most):
         return now, []

@@ -12,11 +12,11 @@ from trainer.config import Config, ConfigError, disagreement, disagreements
 from trainer.engine import Engine
 
 
-def check(file: Path, config: Config, fingerprint: str, model: MoCoV3) -> list[str]:
+def check(file: Path, config: Config, fingerprint: str, model: MoCoV3) -> tuple[list[str], bool]:
     """Find out whether a run can start from `file`; `model` is one that the configuration builds.
 
     Returns:
-        Remarks for the user, a line each.
+        Remarks for the user, a line each; and whether it binds the run to all of its flags, the batch size too.
 
     Raises:
         ConfigError: it is no checkpoint, or one of another model, recipe or dataset; or a file of the reference whose
@@ -24,18 +24,13 @@ def check(file: Path, config: Config, fingerprint: str, model: MoCoV3) -> list[s
     """
     found = _read(file)
     if isinstance(found, OfficialCheckpoint):
-        return _check_official(file, found, config, model)
+        return _check_official(file, found, config, model), False
     differ = disagreements(found["flags"], config.flags())
     if found["fingerprint"] != fingerprint:
         differ.append("the images are others")
     if differ:
         raise ConfigError(f"--resume {file} is from another run: {'; '.join(differ)}")
-    return []
-
-
-def binds(file: Path) -> bool:
-    """Whether what starts from `file` must agree with its flags, as with all of train_ddp.py."""
-    return not isinstance(_read(file), OfficialCheckpoint)
+    return [], True
 
 
 def start(file: Path, engine: Engine) -> dict[str, Any]:

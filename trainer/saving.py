@@ -59,6 +59,9 @@ class Saver:
         try:
             checkpoint.save(self._folder, self._copy, self._keep, self._keep_steps)
             self._error = None
+        except checkpoint.NotRemoved as error:
+            self._error = None
+            self._warn(f"{error}; the next save tries again")
         except Exception as error:  # a save that failed, whatever the reason, must not count as one
             self._error = error if isinstance(error, OSError) else OSError(repr(error))
             self._warn(f"{error}; training goes on, and the next save tries again")

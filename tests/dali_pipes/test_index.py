@@ -2,6 +2,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -97,18 +98,21 @@ def test_a_folder_without_images_is_no_class(tree):
 def test_ctrl_c_does_not_wait_for_all_that_was_begun(tmp_path, monkeypatch):
     for i in range(400):
         (tmp_path / f"{i:03d}.jpg").write_bytes(b"")
-    looked = []
+    looked, pressed = [], threading.Event()
 
     def look(path, level):
         looked.append(path)
-        time.sleep(0.05 if Path(path).stem >= "025" else 0)  # all but the first portion are slow
+        if Path(path).stem >= "025":  # all but the first portion are slow
+            pressed.wait(20)
+            time.sleep(0.2)
         return FileCheck(1, 1)
 
     def stop(done, count):
+        pressed.set()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dali_pipes.index.check_file", look)
-    monkeypatch.setattr("dali_pipes.index.PORTIONS", 16)
+    monkeypatch.setattr("dali_pipes.index.CALLS", 16)
     with pytest.raises(KeyboardInterrupt):
         DatasetIndex.scan(tmp_path, progress=stop)
     assert len(looked) < 200

@@ -66,19 +66,36 @@ def test_what_became_of_a_run_stands_in_its_folder(train, tmp_path, monkeypatch,
     assert (found["status"], found["step"], found["reason"]) == ("failed", 4, "loss is nan")
 
 
-@pytest.mark.parametrize(("where", "moment"), [(preparation, "_scan"), (Judge, "accuracy")])
-def test_sigterm_where_there_is_no_step_to_finish(where, moment, train, tmp_path, monkeypatch, capsys):
-
+def test_sigterm_where_there_is_no_step_to_finish(train, tmp_path, monkeypatch):
     def taken_away(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
     with monkeypatch.context() as patch:
-        patch.setattr(where, moment, taken_away)
+        patch.setattr(preparation, "_scan", taken_away)
         assert train("--max-steps", 2) == 0
     assert status(tmp_path / "run")["status"] == "preempted"
     assert train("--max-steps", 2, "--no-knn") == 0
     assert status(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.parametrize("step", [0, 2], ids=["before the first step", "after the last"])
+def test_sigterm_while_features_are_judged(step, train, tmp_path, monkeypatch):
+    def taken_away(judge, bank, queries):
+        if judge.engine.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(judge, bank, queries)
+
+    measure = Judge._measure
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "_measure", taken_away)
+        assert train("--max-steps", 2) == 0
+    assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["step"]) == ("preempted", step)
+    assert train("--max-steps", 2) == 0
+    assert status(tmp_path / "run")["status"] == "finished"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["knn_before"] is not None
+    assert summary["knn_after"] is not None
 
 
 @pytest.mark.slow
