@@ -83,10 +83,10 @@ class DatasetIndex:
         """Looks at every image file below `tree`: classes and rows in torchvision's ImageFolder order.
 
         Args:
-            tree: one folder a class (files below it at any depth, links followed; one without images is no class, and
-                images beside the folders are set aside), or images without class folders; or a list file with a line
-                `path[ label]` an image, relative to the list's folder and not leaving it, labels whole numbers from 0
-                in every line or in none: rows are then in the list's order.
+            tree: one folder a class (files below it at any depth, links followed; a hidden one without images is no
+                class, and images beside the folders are set aside), or images without class folders; or a list file
+                with a line `path[ label]` an image, relative to the list's folder and not leaving it, labels whole
+                numbers from 0 in every line or in none: rows are then in the list's order.
             level: "header" reads type, size and end marker of each file; "full" decodes every pixel.
             progress: called now and then, at most about a thousand times, with the number of files looked at, and of
                 all; and once at the end.

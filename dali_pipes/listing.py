@@ -76,7 +76,8 @@ def _tree(root: Path) -> Listing:
         for folder, found in sorted(_folders(str(root / name))):
             inside = os.path.relpath(folder, root)
             files += [(f"{inside}/{image}", len(classes)) for image in _images(found)]
-        if len(files) > before:  # ImageFolder refuses folders without images, such as those that tools leave
+        # Where ImageFolder refuses an empty folder, it is a class that may have lost its files; a hidden one, a tool's.
+        if len(files) > before or not name.startswith("."):
             classes.append(name)
     flat = _images(entry.name for entry in os.scandir(root) if not entry.is_dir())
     if files:

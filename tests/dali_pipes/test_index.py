@@ -85,14 +85,15 @@ def test_whatever_pillow_raises_is_of_one_file(tmp_path):
     assert all(reason for _, reason in index.rejected)
 
 
-def test_a_folder_without_images_is_no_class(tree):
+def test_a_hidden_folder_without_images_is_no_class(tree):
     """ImageFolder would refuse it; many a tool leaves one."""
     before = DatasetIndex.scan(tree)
-    (tree / ".ipynb_checkpoints").mkdir()
-    (tree / "empty" / "deep").mkdir(parents=True)
-    (tree / "empty" / "notes.txt").write_text("no image by its name")
+    (tree / ".ipynb_checkpoints" / "deep").mkdir(parents=True)
+    (tree / ".ipynb_checkpoints" / "notes.txt").write_text("no image by its name")
     after = DatasetIndex.scan(tree)
     assert (after.classes, after.fingerprint) == (before.classes, before.fingerprint)
+    (tree / "lost").mkdir()
+    assert DatasetIndex.scan(tree).classes == (*before.classes, "lost")
 
 
 def test_ctrl_c_does_not_wait_for_all_that_was_begun(tmp_path, monkeypatch):
