@@ -90,6 +90,7 @@ def fit(
             if stall:
                 row["save_stall"], stall = stall, 0.0
             engine.seconds += elapsed
+            display.show(row)
             for warning in seen.warnings:
                 display.say(f"warning: {warning}")
             if judge.due() and seen.fatal is None:
@@ -104,7 +105,6 @@ def fit(
                     return False
             if log is not None:
                 log.write(row)
-            display.show(row)
             if advice := advisor.hear(waited, elapsed):
                 display.say(advice)
             if seen.fatal is not None:

@@ -50,7 +50,7 @@ def epochs_in(printed):
     return [line.split()[1] for line in printed.splitlines() if line.startswith("epoch ")]
 
 
-@pytest.mark.parametrize("kind", ["linear", "finetune"])
+@pytest.mark.parametrize("kind", ["linear", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_it_ends_as_if_nothing_had_happened(kind, evaluate, interrupted, trained, capsys):
     command = COMMANDS[kind]
     whole = evaluate(*command, name=f"{kind}-whole")
