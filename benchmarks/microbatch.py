@@ -71,8 +71,9 @@ def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progre
                 name = prefix + (WHOLE if chunk is None else f"--microbatch {chunk}")
                 progress.part(f"{name}: round {turn + 1} of {common.rounds}")
                 found = take(chosen, device, views, chunk)
-                before = taken.setdefault(name, replace(found, milliseconds=()))
-                taken[name] = replace(before, milliseconds=(*before.milliseconds, *found.milliseconds))
+                if name in taken:  # of later rounds only the time is news
+                    found = replace(taken[name], milliseconds=taken[name].milliseconds + found.milliseconds)
+                taken[name] = found
     return Result(
         benchmark="microbatch",
         subject=f"{config.model.arch} {config.data.image_size}px",

@@ -121,17 +121,15 @@ class FineTuning:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and statistics of the network, its optimizer's state, and the loss scale."""
-        return {
-            "model": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave of the same network and recipe; every rank must call it."""
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
 
     def step(self, images: Tensor, labels: Tensor, epoch: int, step: int, steps: int) -> Tensor:
         """One step, the `step`-th of `steps` in that epoch; returns this rank's loss, on the device."""

@@ -51,7 +51,7 @@ class Judge:
     trees: tuple[DatasetIndex, DatasetIndex] | None
     threads: int
     display: Display
-    stops: Callable[[], bool] = lambda: False  # whether to leave off
+    stops: Callable[[], bool]  # whether to leave off
 
     def due(self) -> bool:
         """Whether `--knn-every` asks for it at the engine's present step."""

@@ -1,10 +1,12 @@
 """What the trainer's tests share: generated images, and the real command, in this process or under torchrun."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from dali_pipes import DatasetIndex
 from dali_pipes.synthetic import generate
 from trainer import run
+from trainer.judgement import Judge
 from trainer.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +62,31 @@ def losses(tmp_path):
         return {row["step"]: row["loss"] for row in read_metrics(tmp_path / out)}
 
     return read
+
+
+@pytest.fixture
+def judging_stopped_at(monkeypatch):
+    """`with judging_stopped_at(step):` a SIGTERM comes as soon as the features of that step are judged."""
+
+    @contextmanager
+    def call(step):
+        measure = Judge._measure
+
+        def signalled(judge, bank, queries):
+            if judge.engine.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return measure(judge, bank, queries)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Judge, "_measure", signalled)
+            yield
+
+    return call
+
+
+def status(out):
+    """What stands in a run's status.json."""
+    return json.loads((out / "status.json").read_text())
 
 
 def command(*flags, ranks=None, torchrun=("--standalone",)):

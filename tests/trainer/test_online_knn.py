@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.dali_pipes.odd_files import broken_inside
-from tests.trainer.conftest import write_lists
+from tests.trainer.conftest import status, write_lists
 from trainer import checkpoint
 from trainer.engine import Engine
 from trainer.judgement import Judge
@@ -82,23 +82,15 @@ def test_a_run_that_is_killed_while_it_judges_goes_on_with_that(train, tmp_path,
 
 
 @pytest.mark.parametrize("step", [6, 9], ids=["on the way", "at the end"])
-def test_a_signal_ends_the_judging_and_the_run_goes_on_with_that(train, tmp_path, monkeypatch, step):
+def test_a_signal_ends_the_judging_and_the_run_goes_on_with_that(train, judging_stopped_at, tmp_path, step):
     """Judging a large dataset takes minutes; after a SIGTERM torchrun leaves half of one."""
-
-    def signalled(judge, bank, queries):
-        if judge.engine.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return measure(judge, bank, queries)
-
-    measure = Judge._measure
     assert train("--knn-every", 1, out="whole") == 0
-    monkeypatch.setattr(Judge, "_measure", signalled)
     for _ in range(2):
-        assert train("--knn-every", 1) == 0
-        status = json.loads((tmp_path / "run" / "status.json").read_text())
-        assert (status["status"], status["step"]) == ("preempted", step)
+        with judging_stopped_at(step):
+            assert train("--knn-every", 1) == 0
+        found = status(tmp_path / "run")
+        assert (found["status"], found["step"]) == ("preempted", step)
         assert len(read_metrics(tmp_path / "run")) == step - 1
-    monkeypatch.undo()
     assert train("--knn-every", 1) == 0
     assert_same_trace(tmp_path)
 

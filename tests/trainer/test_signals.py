@@ -9,9 +9,8 @@ import time
 
 import pytest
 
-from tests.trainer.conftest import ROOT, wait_for_row
+from tests.trainer.conftest import ROOT, status, wait_for_row
 from trainer import launch, preparation
-from trainer.judgement import Judge
 from trainer.loop import TrainingError
 
 # Waits inside C code, as in a collective whose peer is gone: Python's own handlers do not run there.
@@ -41,10 +40,6 @@ def test_a_second_signal_ends_at_once_also_inside_a_collective():
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 128 + signal.SIGINT
     process.stdout.close()
-
-
-def status(out):
-    return json.loads((out / "status.json").read_text())
 
 
 def test_what_became_of_a_run_stands_in_its_folder(train, tmp_path, monkeypatch, capsys):
@@ -80,15 +75,8 @@ def test_sigterm_where_there_is_no_step_to_finish(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [0, 2], ids=["before the first step", "after the last"])
-def test_sigterm_while_features_are_judged(step, train, tmp_path, monkeypatch):
-    def taken_away(judge, bank, queries):
-        if judge.engine.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return measure(judge, bank, queries)
-
-    measure = Judge._measure
-    with monkeypatch.context() as patch:
-        patch.setattr(Judge, "_measure", taken_away)
+def test_sigterm_while_features_are_judged(step, train, judging_stopped_at, tmp_path):
+    with judging_stopped_at(step):
         assert train("--max-steps", 2) == 0
     assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["step"]) == ("preempted", step)
     assert train("--max-steps", 2) == 0
