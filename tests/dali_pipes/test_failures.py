@@ -1,144 +1,18 @@
 """Files that go bad while a run reads them: it goes on, and every other slot of every batch is as it was to be."""
 
 import os
-import re
-import shutil
-import struct
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from dali_pipes import MOCO_V3, DatasetError, DatasetIndex, EvalLoader, ViewLoader
+from dali_pipes import MOCO_V3, DatasetError
 from dali_pipes.failures import tolerated
-from dali_pipes.file_check import FileCheck
 from dali_pipes.gap import Gap
-from dali_pipes.order import epoch_permutation, equal_share, replace_failed
 from dali_pipes.reference import ReferenceViews
-from tests.dali_pipes.odd_files import encoded, picture
-
-COUNT, BATCH, STEPS = 25, 4, 6  # one image is left over
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:400])
-
-
-def halve(path):
-    """Its header is whole, and tells the size that the scan saw."""
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def delete(path):
-    path.unlink()
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def zero(path):
-    path.write_bytes(bytes(len(path.read_bytes())))
-
-
-def shrink(path):
-    path.write_bytes(encoded(picture(99, 12, 16), "JPEG"))
-
-
-def recompress(path):
-    """The same picture and whole, so that no decoder minds: only the index knows that the file is shorter."""
-    with Image.open(path) as image:
-        path.write_bytes(encoded(image.convert("RGB"), "JPEG", quality=10))
-
-
-def enlarge(path):
-    """To a larger picture, of which a crop would be the top left corner."""
-    path.write_bytes(encoded(picture(99, 480, 640), "JPEG"))
-
-
-def append(path):
-    """What is decoded stays the same; but who can tell?"""
-    path.write_bytes(path.read_bytes() + b"more")
-
-
-def sixteen_bits(path):
-    """A kind of BMP that Pillow reads and DALI does not, of the same size in pixels."""
-    with Image.open(path) as image:
-        width, height = image.size
-    pixels = bytes(height * (2 * width + 2 * width % 4))
-    header = struct.pack("<2sIHHI", b"BM", 54 + len(pixels), 0, 0, 54)
-    path.write_bytes(
-        header + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 16, 0, len(pixels), 0, 0, 0, 0) + pixels
-    )
-
-
-DAMAGE = [truncate, halve, delete, empty, zero, shrink, recompress, enlarge, append, sixteen_bits]
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    root = tmp_path_factory.mktemp("original")
-    for i in range(COUNT):
-        (root / f"{i:02d}.jpg").write_bytes(encoded(picture(i), "JPEG"))
-    return root
-
-
-@pytest.fixture
-def index(original, tmp_path):
-    return DatasetIndex.scan(shutil.copytree(original, tmp_path / "images"))
-
-
-def make(index, batch_size=BATCH, **options):
-    options = {"seed": 3, "on_failed": lambda line: None, **options}
-    return ViewLoader(index, batch_size=batch_size, image_size=16, num_threads=2, **options)
-
-
-def copied(loader, epochs=1):
-    """[(rows, views)] of whole epochs."""
-    return [(batch.indices.tolist(), [view.clone() for view in batch.views]) for _ in range(epochs) for batch in loader]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(original):
-    return copied(make(DatasetIndex.scan(original)), epochs=3)
-
-
-def reader(index, undisturbed, step):
-    """A loader that has read up to global batch `step`, with two more in flight; and the batches it gave."""
-    loader = make(index)
-    batches = []
-    for epoch in range(3):
-        loader.set_epoch(epoch)
-        for batch in loader:
-            batches.append((batch.indices.tolist(), [view.clone() for view in batch.views]))
-            if len(batches) == step:
-                return loader, batches
-    raise AssertionError
-
-
-def expected(epoch, step, slot, failed):
-    """One global batch further in the epoch's order, then two, …, wrapping: the first that has not failed."""
-    column = epoch_permutation(COUNT, 3, epoch)[slot::BATCH].tolist()
-    return next(row for row in column[step + 1 :] + column[:step] if row not in failed)
-
-
-def check_slots(batches, undisturbed, failed, first=0):
-    """Every slot is the undisturbed run's, but those of `failed`, from step `first` on, hold the rule's image."""
-    assert len(batches) == len(undisturbed)
-    replaced = 0
-    for step, ((rows, views), (old_rows, old_views)) in enumerate(zip(batches, undisturbed, strict=True)):
-        assert len(set(rows)) == len(rows)
-        for slot, old in enumerate(old_rows):
-            if old in failed and step >= first:
-                replaced += 1
-                assert rows[slot] == expected(step // STEPS, step % STEPS, slot, failed)
-            else:
-                assert rows[slot] == old
-                assert all(torch.equal(a[slot], b[slot]) for a, b in zip(views, old_views, strict=True))
-    return replaced
+from tests.dali_pipes.failing import BATCH, DAMAGE, STEPS, check_slots, copied, delete, make, reader, truncate
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -289,116 +163,6 @@ def test_how_many_are_tolerated():
     assert [tolerated(count) for count in (25, 10_000, 1_281_167)] == [10, 10, 1281]
 
 
-def test_no_image_left_to_take_the_place(original):
-    order = np.arange(8)
-    with pytest.raises(DatasetError, match=r"2 of 8 images cannot be used, and at a global batch of 4 none is left"):
-        replace_failed(order, {1, 5}, 4)
-
-
-def test_a_disk_that_stumbles_is_read_once_more(index, undisturbed, monkeypatch):
-    """The file is whole again when it is looked at: nothing explains the failure, so nothing is set aside."""
-    path = index.tree / index.names[4]
-    whole = path.read_bytes()
-    truncate(path)
-    monkeypatch.setattr("dali_pipes.failures._look", lambda index, row: path.write_bytes(whole) and FileCheck())
-    loader = make(index)
-    assert check_slots(copied(loader), undisturbed[:STEPS], failed=set()) == 0
-    assert loader.failed == []
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_what_only_dali_cannot_read_is_found_and_named(original, tmp_path, train):
-    """From the start: it passes the scan, and Pillow has nothing against it."""
-    shutil.copytree(original, tmp_path / "images")
-    sixteen_bits(tmp_path / "images" / "05.jpg")
-    index = DatasetIndex.scan(tmp_path / "images")
-    lines: list[str] = []
-    assert len(index) == COUNT
-    if train:
-        copied(make(index, on_failed=lines.append))
-    else:
-        rows = [batch.indices for batch in EvalLoader(index, 4, resize=16, crop=16, on_failed=lines.append)]
-        assert torch.cat(rows).tolist() == [row for row in range(COUNT) if row != 5]
-    (line,) = lines
-    assert line.startswith(f"{tmp_path / 'images' / '05.jpg'}: the decoder cannot read it, although Pillow can")
-
-
-def test_trouble_of_dalis_own_is_raised(index, monkeypatch):
-    truncate(index.tree / index.names[4])
-    monkeypatch.setattr("dali_pipes.failures._look", lambda index, row: FileCheck())
-    monkeypatch.setattr("dali_pipes.failures._undecoded", lambda index, rows, stream: {})
-    with pytest.raises(DatasetError, match="DALI failed on a batch of readable files"):
-        copied(make(index))
-
-
-def test_a_decoder_that_fails_on_everything_blames_no_image(index, monkeypatch):
-    """As after an error of the GPU, which every later call repeats."""
-    loader = make(index, on_failed=lambda line: pytest.fail(line))
-    batches = iter(loader)
-    next(batches)
-
-    def broken(*_, **__):
-        raise RuntimeError("CUDA runtime API error cudaErrorIllegalAddress (700)")
-
-    monkeypatch.setattr(type(loader._stream._pipeline), "outputs", broken)
-    monkeypatch.setattr("dali_pipes.stream.decode", broken)
-    with pytest.raises(DatasetError, match=r"DALI failed on .* cudaErrorIllegalAddress"):
-        next(batches)
-    assert loader.failed == []
-
-
-def test_a_disk_that_was_away_for_a_moment_costs_no_image(index, undisturbed, monkeypatch):
-    away = index.tree.with_name("away")
-    pauses = []
-
-    def back_at_the_second_look(seconds):
-        pauses.append(seconds)
-        if len(pauses) == 2:
-            away.rename(index.tree)
-
-    monkeypatch.setattr("dali_pipes.failures.time.sleep", back_at_the_second_look)
-    loader, batches = reader(index, undisturbed, STEPS - 1)
-    index.tree.rename(away)
-    loader.set_epoch(1)
-    batches += copied(loader)
-    assert check_slots(batches[STEPS - 1 :], undisturbed[STEPS : 2 * STEPS], failed=set()) == 0
-    assert len(pauses) == 2
-    assert loader.failed == []
-
-
-def test_a_disk_that_stays_away_ends_the_run_without_blame(index, undisturbed, monkeypatch):
-    monkeypatch.setattr("dali_pipes.failures.time.sleep", lambda seconds: None)
-    loader, _ = reader(index, undisturbed, 2)
-    index.tree.rename(index.tree.with_name("away"))
-    with pytest.raises(DatasetError, match=r"none of \d+ files can be read, the first .*No such file.*their disk"):
-        copied(loader)
-    assert loader.failed == []
-
-
-@pytest.mark.parametrize("words", ["Can't allocate 4096 bytes on device 0.", "cudaErrorMemoryAllocation (2)"])
-def test_too_little_memory_is_no_trouble_of_the_images(words, index, monkeypatch):
-    """The words are those of libdali_core and of what it passes on; a CPU never runs into them."""
-    loader = make(index)
-    batches = iter(loader)
-    next(batches)
-
-    def outputs(pipeline):
-        raise RuntimeError(f"Critical error in pipeline:\n{words}")
-
-    monkeypatch.setattr(type(loader._stream._pipeline), "outputs", outputs)
-    with pytest.raises(torch.OutOfMemoryError, match=re.escape(words)):
-        next(batches)
-
-
-def test_too_little_memory_to_build_the_pipeline(index, monkeypatch):
-    def build(*args, **options):
-        raise RuntimeError("Can't allocate 4096 bytes on device 0.")
-
-    monkeypatch.setattr("dali_pipes.stream.build_pipeline", build)
-    with pytest.raises(torch.OutOfMemoryError, match="Can't allocate 4096 bytes on device 0"):
-        next(iter(make(index)))
-
-
 def test_a_state_with_rows_of_another_index(index):
     state = make(index).state_dict()
     with pytest.raises(ValueError, match="are not all rows of an index of 25"):
@@ -407,29 +171,3 @@ def test_a_state_with_rows_of_another_index(index):
         make(index).add_failed([-1])
     with pytest.raises(DatasetError, match=r"2 images that passed .* at most 1 may fail"):
         make(index, max_failed=1).load_state_dict({**state, "failed": [3, 4]})
-
-
-@pytest.mark.parametrize("count", [40, 47])
-def test_the_rule_over_many_random_failures(count):
-    """No image twice in a global batch, no other slot moved, the nearest good image of the column; for any ranks."""
-    rng = np.random.default_rng(count)
-    for trial in range(50):
-        order = epoch_permutation(count, 1, trial)
-        failed = set(rng.choice(count, rng.integers(1, 10), replace=False).tolist())
-        try:
-            replaced = replace_failed(order, failed, 8)
-        except DatasetError:
-            continue
-        for place, (old, new) in enumerate(zip(order.tolist(), replaced.tolist(), strict=True)):
-            steps = [old] if old not in failed else []
-            further = list(range(place + 8, count, 8)) + list(range(place % 8, place, 8))
-            assert new == next(image for image in steps + order[further].tolist() if image not in failed)
-        for step in range(count // 8):
-            assert len(set(replaced[step * 8 : step * 8 + 8].tolist())) == 8
-        # Learning of the failures one by one, in any order, and half of them only on another rank, ends at the same.
-        for rank in range(2):
-            mine = equal_share(replaced, rank, 2)[: count // 8 * 4]
-            known: set[int] = set()
-            while met := set(equal_share(replace_failed(order, known, 8), rank, 2)[: count // 8 * 4].tolist()) & failed:
-                known.add(rng.choice(sorted(met)).item())
-            assert equal_share(replace_failed(order, known, 8), rank, 2)[: count // 8 * 4].tolist() == mine.tolist()

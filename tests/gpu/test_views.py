@@ -14,7 +14,7 @@ from dali_pipes.augment import why_not_fused
 from dali_pipes.gap import Gap
 from dali_pipes.graph import decode
 from dali_pipes.reference import load_image
-from tests.dali_pipes.test_failures import delete, empty, halve, recompress, truncate, zero
+from tests.dali_pipes.failing import delete, empty, halve, recompress, truncate, zero
 from tests.dali_pipes.test_fused import normalised
 from tests.dali_pipes.test_fused_loader import after_the_crop, crops_only
 from tests.dali_pipes.test_operators import reduced
