@@ -12,6 +12,8 @@ MINUTES ?= 10
 
 READY := .venv/ready
 PY := .venv/bin/python
+# Two tests at a time; but those of the GPU, of which some look at what is free on it, one after another.
+TESTS := $(PY) -m pytest -n 2 --dist loadfile
 # auto: one process a GPU, one where there is none; the sample's batch of 64 takes 1, 2, 4, 8 … of them.
 COUNT = import torch; n = torch.cuda.device_count() or 1; print(1 << n.bit_length() - 1 if "$(PRESET)" == "demo" else n)
 PROCESSES = $(if $(filter auto,$(NPROC)),$$($(PY) -c '$(COUNT)'),$(NPROC))
@@ -43,10 +45,12 @@ train: | $(READY) $(IMAGES) ## pre-train: DATA=DIR PRESET=demo OUT=RUN NPROC=aut
 	exec $(PY) $$torchrun train_ddp.py $(PRESET) --data $(DATA) --out $(OUT) $(ARGS)
 
 test: | $(READY) ## the tests (under 15 minutes on 2 cores)
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest -m "gpu and not slow"
+	@$(TESTS) -m "not gpu and not slow"
 
 test-all: | $(READY) ## the slow ones too (under 40 minutes)
-	@$(PY) -m pytest
+	@$(PY) -m pytest -m gpu
+	@$(TESTS) -m "not gpu"
 
 soak: | $(READY) ## a run hit by one fault after another must end as if undisturbed: MINUTES=10
 	@$(PY) -m tests.soak --minutes $(MINUTES) $(ARGS)

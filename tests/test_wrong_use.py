@@ -68,6 +68,7 @@ def start(command):
         runpy.run_module(command, run_name="__main__")
 
 
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # it is run within this process
 @pytest.mark.parametrize(("command", "flags", "said"), CASES, ids=lambda value: str(value).replace(" ", "_"))
 def test_is_refused_in_a_line(command, flags, said, place, monkeypatch, capsys):
     before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}

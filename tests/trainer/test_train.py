@@ -64,11 +64,16 @@ def test_two_commands_of_one_run_give_the_trace_of_one(train, losses, capsys):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(train, tmp_path, capsys):
+    def folder():
+        files = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+        found = json.loads(files.pop("status.json"))
+        return files, (found["status"], found["step"])
+
     assert train("--max-steps", 2, "--no-knn") == 0
-    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    before = folder()
     assert train("--max-steps", 2, "--no-knn") == 0
     assert "is complete" in capsys.readouterr().out
-    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    assert folder() == before
 
 
 def test_rows_after_the_checkpoint_are_cut_off_when_a_run_goes_on(train, losses, tmp_path):
