@@ -19,7 +19,7 @@ from benchmarks import charts
 from benchmarks.ablation_costs import ALONE, LEFT_OUT, WALL, costs, explanation, in_milliseconds
 from benchmarks.ablation_step import step_cost
 from benchmarks.ablation_variants import AUGMENTATIONS, BOTH, recipes, sweeps, used, variants
-from benchmarks.command import Common, run
+from benchmarks.command import Common, given, run
 from benchmarks.dali_sources import Views
 from benchmarks.environment import environment, now
 from benchmarks.generated import describe, first
@@ -91,7 +91,7 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
     back_ends = flags.augment or usual
     started, env = now(), environment(device)
     threads = common.workers or min(16, env["cores"])
-    batch = flags.batch_size or (256 if cuda else 8)
+    batch = given(flags.batch_size, 256 if cuda else 8)
     rounds = 2 if common.quick else common.rounds
     config = training_config(
         device,
@@ -124,6 +124,8 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
         f"A step is {number(step.per_image[quantities[0]])} {quantities[0]} without its data, measured in this run: "
         f"{step.described}."
     )
+    if cuda:
+        notes.append("Device time is that of kernels and copies; the JPEG engine's work is not in it.")
     return Result(
         benchmark="ablation",
         subject="" if back_ends == usual else " and ".join(back_ends),

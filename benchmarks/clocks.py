@@ -2,17 +2,35 @@
 
 import multiprocessing
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 IDLE_SHARE = 0.1  # of one core, below which the process counts as idle
 POLL_SECONDS = 0.04
 PATIENCE_SECONDS = 20.0
+QUERY_SECONDS = 2e-4
+_looking_on = 0.0  # CPU seconds
 
 
 def cpu_seconds() -> float:
-    """CPU time of all threads of this process and of its live child processes (DataLoader's workers)."""
-    return time.process_time() + sum(_cpu_seconds_of(child.pid) for child in multiprocessing.active_children())
+    """CPU time of all threads of this process and of its live child processes (DataLoader's workers), without what was
+    spent `looking_on`.
+    """
+    children = sum(_cpu_seconds_of(child.pid) for child in multiprocessing.active_children())
+    return time.process_time() - _looking_on + children
+
+
+@contextmanager
+def looking_on() -> Iterator[None]:
+    """Around what one thread does to watch the measured work: its CPU time is none of that work's."""
+    global _looking_on
+    before = time.thread_time()
+    try:
+        yield
+    finally:
+        _looking_on += time.thread_time() - before
 
 
 def _cpu_seconds_of(pid: int | None) -> float:
@@ -37,5 +55,10 @@ def wait_until_idle(device: torch.device) -> None:
 
 def finish(device: torch.device) -> None:
     """Wait until the device has done all that was queued; the CPU has nothing queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cuda":
+        return
+    # Synchronising spins: the wait for the GPU would pass for CPU time of the work.
+    last = torch.cuda.current_stream(device).record_event()
+    while not last.query():
+        time.sleep(QUERY_SECONDS)
+    torch.cuda.synchronize(device)  # with all other streams

@@ -1,5 +1,6 @@
 """How every benchmark runs as a command: parse, measure, write a JSON and a PNG, show a table; or one line of error."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.counting import scan_shown
 from dali_pipes.file_check import check_file
 from dali_pipes.listing import training_tree
+from dali_pipes.replacing import write_atomically
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
 
@@ -42,7 +44,8 @@ class Setting:
     workers: int | None = None
     """Threads of DALI and processes of a DataLoader, where images are loaded; None: as many as cores, at most 16."""
     rounds: int = 7
-    """Repeats of a measurement (in sweeps at most 3), taken in turns, so that a slow minute meets all alike."""
+    """Repeats of a measurement (in sweeps at most 3), taken in turns, so that a slow minute meets all alike; --quick
+    takes 2 or 3."""
 
     def check(self) -> None:
         """Raise `ConfigError` for values that cannot work."""
@@ -87,7 +90,7 @@ class Common(Setting):
     out: Path = Path("benchmarks/results")
     """Folder of the JSON and the PNG."""
     quick: bool = False
-    """A short form: that everything runs, in under a minute; its numbers say little."""
+    """A short form, to see that everything runs; its numbers say little."""
 
     def check(self) -> None:
         """Raise `ConfigError` for values that cannot work."""
@@ -109,6 +112,12 @@ class Benchmark(Protocol):
 
 
 Flags = TypeVar("Flags", bound=Benchmark)
+T = TypeVar("T")
+
+
+def given(value: T | None, default: T) -> T:
+    """A flag's value, or the default where it was not given: 0 is a value, and is refused as one."""
+    return default if value is None else value
 
 
 def run(
@@ -143,9 +152,11 @@ def run(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     tables.show(result, console)  # first, as the disk may be full
     console.print(f"- {gpu.sentence(result.gpu)}", markup=False)
+    picture = io.BytesIO()
+    draw(result).savefig(picture, dpi=120)
     try:
         file = results.write(result, config.common.out)
-        draw(result).savefig(file.with_suffix(".png"), dpi=120)
+        write_atomically(file.with_suffix(".png"), picture.getvalue())
     except OSError as error:
         print(f"benchmarks.{name}: error: {config.common.out} cannot be written: {error.strerror}", file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
+from benchmarks.page import setting
 from benchmarks.results import ResultError
 from benchmarks.step_runs import CACHED
 from benchmarks.tables import number
@@ -149,10 +150,10 @@ def measured_step(folder: Path, arch: str, batch: int) -> tuple[float, str] | No
     found = []
     for file in sorted(folder.glob("step-*.json")):
         result = results.read(file)
-        gpu, shape = result.environment["gpu"], (result.subject, result.configuration["batch_size"])
+        gpu, shape = result.environment["gpu"], (result.subject, result.configuration.get("batch_size"))
         if gpu is not None and shape == (arch, batch) and not result.quick:
             ms = result.find("step", CACHED, "ms/step").estimate.median
-            found.append((result.created, ms, f"{file.name}, {gpu['name']}"))
+            found.append((result.created, ms, f"{file.name}: {gpu['name']}, {setting(result)}"))
     return max(found)[1:] if found else None
 
 
@@ -198,6 +199,10 @@ def _checked(flags: Communication) -> Config:
     for flag, value in positive.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{flag} {value} is not positive")
+    if not 0 <= flags.backward_share <= 1:
+        raise ConfigError(f"--backward-share {flags.backward_share} is no share; use 0 to 1")
+    if not 0 <= flags.latency_us < math.inf:
+        raise ConfigError(f"--latency-us {flags.latency_us} is no time; use 0 or more")
     return replace(PRESETS[flags.preset](), data=Path("unused"), out=Path("unused"))
 
 

@@ -4,17 +4,20 @@ The interval is the one that belongs to the rank-sum test of Mann, Whitney and W
 Lehmann 1963): no distribution is assumed, and for a handful of repeats it is exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, exp, log
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
+from benchmarks import gpu
 from benchmarks.environment import busy
 from benchmarks.results import Better, Measurement, Result
 
 CONFIDENCE = 0.95  # asked for; four repeats against four reach it, three against three reach 90 %
-Verdict = Literal["better", "worse", "no change shown"]
+Verdict = Literal["better", "worse", "no change shown", "not judged: one repeat", "not judged: not above 0"]
+# Of the environment, what speed depends on; the commit is what a comparison is about.
+ALIKE = ("cpu", "cores", "memory_gb", "gpu", "driver", "cuda", "os", "python", "versions", "torch_threads")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Change:
 
     old: Measurement
     new: Measurement
-    ratio: Ratio
+    ratio: Ratio | None  # None: a value is not above 0
     verdict: Verdict
 
 
@@ -78,17 +81,23 @@ def rank_sum_counts(m: int, n: int) -> list[int]:
 
 
 def compare(old: Result, new: Result) -> list[Change]:
-    """Every measurement that both have more than once and whose values are positive, in the new one's order."""
+    """Every measurement that both have and that can be better or worse, in the new one's order."""
     before = {m.key: m for m in old.measurements}
-    changes = []
-    for m in new.measurements:
-        other = before.get(m.key)
-        if other is None or m.better == "neither" or min(len(m.values), len(other.values)) < 2:
-            continue
-        if min(*m.values, *other.values) > 0:
-            r = ratio(other.values, m.values)
-            changes.append(Change(other, m, r, _verdict(r, m.better)))
-    return changes
+    return [_change(before[m.key], m) for m in new.measurements if m.key in before and m.better != "neither"]
+
+
+def lost_and_found(old: Result, new: Result) -> tuple[list[str], list[str]]:
+    """What only the old and what only the new one has measured: a row of a table each."""
+    rows = [list(dict.fromkeys(f"{m.group}: {m.name}" for m in result.measurements)) for result in (old, new)]
+    return [row for row in rows[0] if row not in rows[1]], [row for row in rows[1] if row not in rows[0]]
+
+
+def _change(old: Measurement, new: Measurement) -> Change:
+    if not min(*old.values, *new.values) > 0:  # differences of two runs, or not a number
+        return Change(old, new, None, "not judged: not above 0")
+    r = ratio(old.values, new.values)
+    single = min(len(old.values), len(new.values)) < 2
+    return Change(old, new, r, "not judged: one repeat" if single else _verdict(r, new.better))
 
 
 def _verdict(r: Ratio, better: Better) -> Verdict:
@@ -108,11 +117,17 @@ def unlike(old: Result, new: Result) -> list[str]:
         )
         if a != b
     ]
-    keys = sorted(old.configuration.keys() | new.configuration.keys())
-    reasons += [
-        f"{key}: {old.configuration.get(key)} and {new.configuration.get(key)}"
-        for key in keys
-        if key not in ("matmul", "gflop_per_image") and old.configuration.get(key) != new.configuration.get(key)
-    ]
-    reasons += [f"{age} one: {busy(r.environment)}" for age, r in (("old", old), ("new", new)) if busy(r.environment)]
+    reasons += _differing(old.environment, new.environment, ALIKE)
+    reasons += _differing(old.choices, new.choices, sorted(old.choices.keys() | new.choices.keys()))
+    for age, r in (("old", old), ("new", new)):
+        if busy(r.environment):
+            reasons.append(f"{age} one: {busy(r.environment)}")
+        if r.environment["dirty"]:
+            reasons.append(f"{age} one: the code was not that of its commit")
+        if r.gpu.get("throttled") or r.gpu.get("other_processes"):
+            reasons.append(f"{age} one: {gpu.sentence(r.gpu)}")
     return reasons
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    return [f"{key}: {old.get(key)} and {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

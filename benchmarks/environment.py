@@ -25,7 +25,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     gpu = _gpu(device) if device.type == "cuda" else None
     return {
-        "hardware": f"{gpu['name']}" if gpu else f"cpu {cores} cores",
+        "hardware": gpu["name"] if gpu else f"{cpu_model()} {cores} cores",
         "device": device.type,
         "cpu": cpu_model(),
         "cores": cores,
@@ -51,17 +51,25 @@ def busy(facts: dict[str, Any]) -> str:
 
 
 def _busy_cores() -> float:
-    """Cores that other processes keep busy now; the load average would still count what ran a minute ago."""
-    total, own = _seconds_of_all_cores(), time.process_time()
+    """Of this process's cores, how many others keep busy now; the load average counts what ran a minute ago, too."""
+    total, own = _seconds_of_cores(), time.process_time()
     time.sleep(LOOK_SECONDS)
-    spent = _seconds_of_all_cores() - total - (time.process_time() - own)
+    spent = _seconds_of_cores() - total - (time.process_time() - own)
     return round(max(0.0, spent / LOOK_SECONDS), 2)
 
 
-def _seconds_of_all_cores() -> float:
-    """CPU time of all cores since the machine started, without idling and waiting for disks (proc_stat(5))."""
-    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
-    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+def _seconds_of_cores() -> float:
+    """CPU time of this process's cores since the machine started, without idling and waiting for disks (proc_stat(5)):
+    in a container the machine's other cores are somebody else's.
+    """
+    own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        core, *numbers = line.split()
+        if core in own:
+            user, nice, system, _, _, *interrupts = map(int, numbers[:7])
+            ticks += user + nice + system + sum(interrupts)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def now() -> str:

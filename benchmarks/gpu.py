@@ -2,11 +2,12 @@
 
 import statistics
 import threading
-import time
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+
+from benchmarks.clocks import looking_on
 
 LEAST_SECONDS = 1.0  # of a stretch whose energy is told: the card's counter moves about ten times a second
 INTERVAL_SECONDS = 0.1  # NVML itself averages utilisation over 1/6 s to 1 s
@@ -29,8 +30,8 @@ class GpuSampler:
 
     def __init__(self, device: torch.device) -> None:
         self._samples: list[dict[str, float]] = []
-        self._reasons: set[str] = set()
-        self._others = 0
+        self._reasons: set[str] | None = None  # None: the driver has told nothing
+        self._others: int | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._missing = "" if device.type == "cuda" else "the benchmark ran on the CPU"
@@ -40,8 +41,6 @@ class GpuSampler:
 
     def __enter__(self) -> Self:
         if self._handle is not None:
-            self._others = _other_processes(self._handle)
-            self._started = time.perf_counter()
             self._thread = threading.Thread(target=self._sample, daemon=True)
             self._thread.start()
         return self
@@ -55,15 +54,18 @@ class GpuSampler:
 
     def _sample(self) -> None:
         while not self._stop.wait(INTERVAL_SECONDS):
-            self._samples.append(_read(self._handle))
-            self._others = max(self._others, _other_processes(self._handle))
-            self._reasons |= _throttles(self._handle)
+            with looking_on():
+                self._samples.append(_read(self._handle))
+                if (others := _other_processes(self._handle)) is not None:
+                    self._others = max(self._others or 0, others)
+                if (reasons := _throttles(self._handle)) is not None:
+                    self._reasons = (self._reasons or set()) | reasons
 
     def summary(self) -> dict[str, Any]:
         """`available`, and either `reason`, or the mean and the largest of each reading with its unit in its name.
 
         A reading that this driver does not offer is left out. `throttled`: reasons seen at any time. `other_processes`:
-        the most at any time, as far as the driver tells it.
+        the most at any time. Both None where the driver does not tell.
         """
         if not self._samples:
             return {"available": False, "reason": self._missing or "the run was shorter than one sample"}
@@ -74,7 +76,7 @@ class GpuSampler:
             "samples": len(self._samples),
             "mean": {name: round(statistics.fmean(column), 1) for name, column in columns.items()},
             "max": {name: max(column) for name, column in columns.items()},
-            "throttled": sorted(self._reasons),
+            "throttled": None if self._reasons is None else sorted(self._reasons),
             "other_processes": self._others,
         }
 
@@ -103,9 +105,10 @@ def sentence(summary: dict[str, Any]) -> str:
         return f"no GPU readings: {summary.get('reason', 'none were taken')}"
     mean = summary["mean"]
     readings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in mean.items())
-    throttled = f"held back by: {', '.join(summary['throttled'])}" if summary["throttled"] else "never held back"
+    held = summary["throttled"]
+    throttled = "" if held is None else f"; held back by: {', '.join(held)}" if held else "; never held back"
     shared = f"; {summary['other_processes']} other processes on the card" if summary["other_processes"] else ""
-    return f"GPU on average: {readings}; {throttled}{shared}"
+    return f"GPU over the whole command, building and compiling included, on average: {readings}{throttled}{shared}"
 
 
 def _handle(device: torch.device) -> tuple[Any, str]:
@@ -145,21 +148,21 @@ def _read(handle: Any) -> dict[str, float]:
     return sample
 
 
-def _throttles(handle: Any) -> set[str]:
+def _throttles(handle: Any) -> set[str] | None:
     import pynvml
 
     try:
         bits = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-    except pynvml.NVMLError:
-        return set()
+    except (pynvml.NVMLError, AttributeError):
+        return None
     return {name for bit, name in THROTTLES.items() if bits & bit}
 
 
-def _other_processes(handle: Any) -> int:
+def _other_processes(handle: Any) -> int | None:
     """Compute processes on the card beside this one, which has its context by now."""
     import pynvml
 
     try:
         return max(0, len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1)
-    except pynvml.NVMLError:
-        return 0
+    except (pynvml.NVMLError, AttributeError):
+        return None

@@ -4,7 +4,8 @@
 
 Runs the GPU tests, 200 steps of training on generated JPEGs, the equality table with the decoder, and short forms of
 the benchmarks, each as a process of its own: one that fails or hangs leaves the others alone, and the file holds what
-is done so far. Uses this Python as it stands. Exit code 0: all passed; 1: a part failed or found no time; 2: wrong use.
+is done so far. Uses this Python as it stands. Exit code 0: all passed; 1: a part failed; 2: wrong use; 3: none failed,
+but some found no time.
 
 Where the GPU is lent for minutes, `--only` spreads the parts over several calls: the file keeps those of earlier calls
 as long as code, versions and kind of machine are the same.
@@ -111,8 +112,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     digest = code_digest()
     records = earlier(file, env, digest) if flags.only else {}
     if file.exists() and not records:
-        kept = file.rename(file.with_suffix(".json.old"))
+        kept = file.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S', time.localtime(file.stat().st_mtime))}.json.old")
+        try:
+            file.rename(kept)
+        except OSError as error:
+            print(
+                f"benchmarks.gpu_check: error: --out {flags.out} cannot be written: {error.strerror}", file=sys.stderr
+            )
+            return 2
         console.print(f"what was in {file.name} is in {kept.name}: it is replaced, or of other code or another machine")
+    unwritten = False
     with tempfile.TemporaryDirectory() as scratch:
         _link(images, math.prod(TRAINING[flags.device]), Path(scratch, IMAGES))
         outcomes = []
@@ -127,10 +136,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = [records[name] for name in names if name in records]
             record = {"schema": 2, "environment": env, "code": digest, "parts": done}
             # Each time: whoever lends the GPU may end this, too.
-            write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
-    failed = [o.name for o in outcomes if not o.ok]
-    print(f"{file}: " + (f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}" if failed else "all passed"))
-    return 1 if failed else 0
+            try:
+                write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
+            except OSError as error:
+                console.print(f"{file} cannot be written: {error.strerror}; the other parts run all the same")
+                unwritten = True
+    late = [o.name for o in outcomes if not o.seconds]
+    failed = [o.name for o in outcomes if not o.ok and o.seconds]
+    verdict = [f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}"] if failed else []
+    verdict += [f"no time was left for {', '.join(late)}; run them with --only"] if late else []
+    print(f"{file}: " + ("; ".join(verdict) or "all passed"))
+    return 1 if failed or unwritten else 3 if late else 0
 
 
 def code_digest() -> str:
@@ -210,19 +226,23 @@ def _link(index: DatasetIndex, count: int, folder: Path) -> None:
 
 
 def passed(output: str) -> dict[str, Any]:
-    """Counts of pytest's last line.
+    """Counts of pytest's summary.
 
     Raises:
         ValueError: no test ran, or one did not pass.
     """
-    lines = output.strip().splitlines()
-    counts = {
-        kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", lines[-1] if lines else "")
-    }
-    if not counts.get("passed"):
-        raise ValueError(f"no GPU test ran, or not all: {lines[-1] if lines else 'no output'}")
+    lines = output.strip().splitlines() or ["no output"]
+    # Libraries print after it, when the process ends.
+    summary = next((line for line in reversed(lines) if re.search(r"\d+ \w+.* in [\d.]+s", line)), "")
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", summary)}
+    if not summary:
+        verdicts = re.findall(r" (PASSED|FAILED|ERROR)\b", output)
+        so_far = ", ".join(f"{verdicts.count(kind)} {kind.lower()}" for kind in dict.fromkeys(verdicts))
+        raise ValueError(f"not all GPU tests ran ({so_far or 'none'}): {lines[-1]}")
     if counts.keys() & {"failed", "error", "errors"}:
-        raise ValueError(lines[-1])
+        raise ValueError(summary)
+    if not counts.get("passed"):
+        raise ValueError(f"no GPU test ran: {summary}")
     return counts
 
 
@@ -300,4 +320,7 @@ def _family(process: int) -> Iterator[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # this process only waits
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

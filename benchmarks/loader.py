@@ -18,12 +18,14 @@ from matplotlib.figure import Figure
 
 from benchmarks import charts, dali_sources, torchvision_sources
 from benchmarks.ablation_variants import bare
-from benchmarks.command import Common, run
+from benchmarks.command import Common, given, run
 from benchmarks.environment import environment, now
 from benchmarks.generated import FOLDER, describe, first, generated
+from benchmarks.measure import ratios
 from benchmarks.progress import Progress
 from benchmarks.results import Measurement, Result
 from benchmarks.source import Contender, Source
+from benchmarks.tables import spread
 from benchmarks.throughput import CPU, RATE, measure
 from dali_pipes import MOCO_V3, DatasetIndex
 from dali_pipes.augment import why_not_fused
@@ -74,7 +76,7 @@ def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> 
         raise ConfigError("--image-size takes 8 or more, --batch-size 1 or more, --seconds more than 0")
     started, env = now(), environment(device)
     workers = common.workers or min(16, env["cores"])
-    batch = flags.batch_size or (256 if device.type == "cuda" else 8 if common.quick else 16)
+    batch = given(flags.batch_size, 256 if device.type == "cuda" else 8 if common.quick else 16)
     rounds, seconds = (3, 0.2) if common.quick else (common.rounds, flags.seconds)
     images = common.readable_by_all(progress)
     point = Point(batch, flags.image_size, workers)
@@ -137,6 +139,7 @@ def _sweeps(
     flags: Loader, images: DatasetIndex, base: Point, device: torch.device, progress: Progress
 ) -> tuple[Measurement, ...]:
     """The full two views with one thing varied at a time; the base point is measured again within each sweep."""
+    rounds = min(flags.common.rounds, SWEEP_ROUNDS)
     quarter, half = max(1, base.batch // 4), max(1, base.threads // 2)
     batches = sorted({quarter, base.batch, 2 * base.batch})
     threads = sorted({1, half, base.threads})
@@ -159,7 +162,7 @@ def _sweeps(
             files = first(files, max(len(files), p.batch))
             source = dali_sources.Views(files, MOCO_V3, p.batch, p.size, p.threads, device)
             contenders.append(Contender(f"{FULL}, by {name}", label, source))
-        measurements += measure(contenders, SWEEP_ROUNDS, flags.seconds / 2, device, progress)
+        measurements += measure(contenders, rounds, flags.seconds / 2, device, progress)
     if device.type == "cuda":
         contenders = [
             Contender(
@@ -169,7 +172,7 @@ def _sweeps(
             )
             for share in (0.0, 0.5, 0.65, 1.0)
         ]
-        measurements += measure(contenders, SWEEP_ROUNDS, flags.seconds / 2, device, progress)
+        measurements += measure(contenders, rounds, flags.seconds / 2, device, progress)
     return measurements
 
 
@@ -180,11 +183,11 @@ def _with_headlines(measurements: tuple[Measurement, ...]) -> tuple[Measurement,
 
 def _notes(measurements: tuple[Measurement, ...]) -> tuple[str, ...]:
     """What the numbers do not say by themselves."""
-    rates = {m.name: m.estimate.median for m in measurements if m.group == LOADERS and m.quantity == RATE}
-    best = max((name for name in rates if "DataLoader" in name), key=rates.__getitem__)
-    ours = max((name for name in (FULL, FUSED) if name in rates), key=rates.__getitem__)
+    rates = {m.name: m for m in measurements if m.group == LOADERS and m.quantity == RATE}
+    best = max((m for name, m in rates.items() if "DataLoader" in name), key=lambda m: m.estimate.median)
+    ours = max((rates[name] for name in (FULL, FUSED) if name in rates), key=lambda m: m.estimate.median)
     return (
-        f"{ours}: {rates[ours] / rates[best]:.2f} times the rate of {best}.",
+        f"{ours.name}: {spread(ratios(ours.values, best.values))} times the rate of {best.name}.",
         "Ours are uint8 views, which the model normalises; the others normalise here, as their users do.",
         "The color_twist graph gives other pictures than Pillow's: another hue, another contrast, one fixed order.",
     )

@@ -14,13 +14,14 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import charts
-from benchmarks.command import Common, run
+from benchmarks.command import Common, given, run
 from benchmarks.environment import environment, now
 from benchmarks.generated import describe, first
+from benchmarks.measure import ratios, turns
 from benchmarks.microbatch_runs import Taken, take
 from benchmarks.progress import Progress
 from benchmarks.results import Measurement, Result
-from benchmarks.tables import number
+from benchmarks.tables import spread
 from dali_pipes import DatasetIndex, ViewLoader
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
@@ -40,40 +41,39 @@ class Microbatch:
     common: Common = field(default_factory=lambda: Common(rounds=3))
     preset: str = "vit-s-300ep"
     """Of train_ddp.py; its backbone has no batch norm."""
-    batch_size: int = 256
-    """Images of the step."""
-    chunks: tuple[int, ...] = (64, 16)
-    """Values of --microbatch to compare with the whole batch."""
+    batch_size: int | None = None
+    """Images of the step; None: 256, with --quick 8."""
+    chunks: tuple[int, ...] | None = None
+    """Values of --microbatch to compare with the whole batch; None: 64 and 16, with --quick 4 and 3."""
     image_size: int | None = None
-    """Side of the views, in pixels; None: 224 on a GPU, 64 on the CPU."""
+    """Side of the views, in pixels; None: 224 on a GPU, 64 on the CPU, with --quick 32."""
     depth: int | None = None
-    """Blocks of the backbone; None: all on a GPU, 4 on the CPU."""
+    """Blocks of the backbone; None: all on a GPU, 4 on the CPU, with --quick 1."""
 
 
 def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progress) -> Result:
     """Run the benchmark."""
     common, cuda = flags.common, device.type == "cuda"
-    if common.quick:
-        flags = replace(flags, batch_size=8, chunks=(4, 3), image_size=32, depth=1)
-    config = _config(flags, device, progress.say)
+    batch = given(flags.batch_size, 8 if common.quick else 256)
+    chunks = given(flags.chunks, (4, 3) if common.quick else (64, 16))
+    config = _config(flags, batch, chunks, device, progress.say)
     started, env = now(), environment(device)
-    images = first(common.index(progress), flags.batch_size)
-    views = _views(config, images, env["cores"])
+    images = first(common.index(progress), batch)
+    views = _views(config, images, common.workers or min(16, env["cores"]))
     precisions = {"": config}
     if not cuda:
         # Where rounding is at float64's level, the method can be told from it.
         precisions["float64: "] = configuration.replace(config, dtype="float64")
     taken: dict[str, Taken] = {}
-    progress.expect(common.rounds * len(precisions) * (1 + len(flags.chunks)))
-    for turn in range(common.rounds):
-        for prefix, chosen in precisions.items():
-            for chunk in (None, *flags.chunks):
-                name = prefix + (WHOLE if chunk is None else f"--microbatch {chunk}")
-                progress.part(f"{name}: round {turn + 1} of {common.rounds}")
-                found = take(chosen, device, views, chunk)
-                if name in taken:  # of later rounds only the time is news
-                    found = replace(taken[name], milliseconds=taken[name].milliseconds + found.milliseconds)
-                taken[name] = found
+    kinds = [(prefix, chunk) for prefix in precisions for chunk in (None, *chunks)]
+    progress.expect(common.rounds * len(kinds))
+    for turn, (prefix, chunk) in turns(kinds, common.rounds):
+        name = prefix + (WHOLE if chunk is None else f"--microbatch {chunk}")
+        progress.part(f"{name}: round {turn + 1} of {common.rounds}")
+        found = take(precisions[prefix], device, views, chunk)
+        if name in taken:  # of later rounds only the time is news
+            found = replace(taken[name], milliseconds=taken[name].milliseconds + found.milliseconds)
+        taken[name] = found
     return Result(
         benchmark="microbatch",
         subject=f"{config.model.arch} {config.data.image_size}px",
@@ -92,13 +92,16 @@ def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progre
     )
 
 
-def _config(flags: Microbatch, device: torch.device, say: Callable[[str], None]) -> Config:
+def _config(
+    flags: Microbatch, batch: int, chunks: tuple[int, ...], device: torch.device, say: Callable[[str], None]
+) -> Config:
     if flags.preset not in PRESETS:
         raise ConfigError(f"--preset {flags.preset} is not known; choose from: {', '.join(PRESETS)}")
-    if not flags.chunks or min(flags.chunks) < 1 or max(flags.chunks) >= flags.batch_size:
-        chunks = " ".join(map(str, flags.chunks))
-        raise ConfigError(f"--chunks {chunks}: takes numbers from 1 to {flags.batch_size - 1}, below --batch-size")
-    cuda = device.type == "cuda"
+    if not chunks or min(chunks) < 1 or max(chunks) >= batch:
+        raise ConfigError(
+            f"--chunks {' '.join(map(str, chunks))}: takes numbers from 1 to {batch - 1}, below --batch-size"
+        )
+    cuda, quick = device.type == "cuda", flags.common.quick
     preset = PRESETS[flags.preset]()
     shortened = None if cuda or not preset.model.arch.startswith("vit_") else 4
     config = configuration.replace(
@@ -106,10 +109,10 @@ def _config(flags: Microbatch, device: torch.device, say: Callable[[str], None])
         data=Path("unused"),
         out=Path("unused"),
         device=device.type,
-        batch_size=flags.batch_size,
-        microbatch=min(flags.chunks),
-        image_size=flags.image_size or (224 if cuda else 64),
-        depth=flags.depth or shortened,
+        batch_size=batch,
+        microbatch=min(chunks),
+        image_size=given(flags.image_size, 32 if quick else 224 if cuda else 64),
+        depth=given(flags.depth, 1 if quick else shortened),
         compile="off",
     )
     config.check(world_size=1)
@@ -125,7 +128,7 @@ def _config(flags: Microbatch, device: torch.device, say: Callable[[str], None])
 def _views(config: Config, index: DatasetIndex, threads: int) -> torch.Tensor:
     """Two views of a batch, made once on the CPU, so that every kind of step has the same."""
     size = config.data.image_size
-    loader = ViewLoader(index, batch_size=len(index), image_size=size, num_threads=min(16, threads))
+    loader = ViewLoader(index, batch_size=len(index), image_size=size, num_threads=threads)
     try:
         return torch.stack(next(iter(loader)).views)
     finally:
@@ -152,7 +155,7 @@ def _notes(taken: dict[str, Taken]) -> Iterator[str]:
     least = min((each for name, each in taken.items() if ":" not in name), key=lambda each: each.megabytes)
     yield (
         f"The step with the least memory needs {least.megabytes / whole.megabytes:.0%} of the plain step's, and "
-        f"{number(sum(least.milliseconds) / sum(whole.milliseconds))} times its time."
+        f"{spread(ratios(least.milliseconds, whole.milliseconds))} times its time."
     )
     yield "Memory is what a step needs above model and views: activations, gradients and temporaries. One rank, eager."
 

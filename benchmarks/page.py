@@ -13,8 +13,8 @@ from trainer.presets import PRESETS
 TITLE, NOT_YET = "Benchmarks", "not yet measured"
 INTRODUCTION = (
     "Written by `python -m benchmarks.report` from the JSON files in this folder's `results/`; no number was typed by "
-    "hand. A number is the median of its repeats; in brackets the interval that holds the median of a rerun on a "
-    "machine whose state does not change."
+    "hand. A number is the median of its repeats; in brackets the interval into which the median of a rerun falls, as "
+    "often as is said for its number of rounds, on a machine whose state does not change."
 )
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -39,8 +39,23 @@ def hardware(result: Result) -> str:
     return env["gpu"]["name"] if env["gpu"] else f"{env['cpu']}, {env['cores']} cores"
 
 
+def setting(result: Result) -> str:
+    """What was chosen that speed depends on most, in short: batch, pixels, precision, compiler, threads."""
+    chosen = result.configuration
+    said = []
+    for words, names in {
+        "batch {}": ("batch_size", "batch"),
+        "{} px": ("image_size", "size"),
+        "amp {}": ("amp",),
+        "compile {}": ("compile",),
+        "{} threads": ("workers", "threads"),
+    }.items():
+        said += [words.format(chosen[name]) for name in names if chosen.get(name) is not None][:1]
+    return ", ".join(said)
+
+
 def facts(result: Result) -> str:
-    """When, which commit, driver, versions, images and repeats, in a line."""
+    """What of, when, which commit, driver, versions, images and repeats, in a line."""
     env, configuration = result.environment, result.configuration
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
     commit = (env["commit"] or "unknown")[:10] + (", with changes" if env["dirty"] else "")
@@ -48,11 +63,13 @@ def facts(result: Result) -> str:
     files = configuration["files"]
     size = f"{files['mean_width']:.0f} x {files['mean_height']:.0f}, {files['mean_kilobytes']:.0f} KB"
     images = f"{files['files']:,} {configuration['data']} files, mean {size}. "
-    stated = [m.estimate.coverage for m in result.measurements if len(m.values) > 1]
-    intervals = f", coverage of the intervals {min(stated):.0%} or more" if stated else ""
+    held = {e.repeats: e.coverage for e in (m.estimate for m in result.measurements) if e.repeats > 1}
+    intervals = ", ".join(f"{coverage:.0%} with {n} rounds" for n, coverage in sorted(held.items()))
     return (
-        f"{result.created}, commit {commit}. {driver}{versions}. {images}Rounds: {configuration['rounds']}{intervals}. "
-        f"Warm-up: {result.warm_up}. Cores used by others at the start: {env['busy_cores']}."
+        f"{setting(result)}. {env['cpu']}, {env['cores']} cores. {driver}{versions}. {images}"
+        f"{result.created}, commit {commit}. "
+        + (f"Intervals hold: {intervals}. " if intervals else "")
+        + f"Warm-up: {result.warm_up}. Cores used by others at the start: {env['busy_cores']}."
     )
 
 
@@ -134,7 +151,7 @@ def headlines(found: Sequence[tuple[Path, Result]]) -> str:
         if result.quick:
             continue
         commit = (result.environment["commit"] or "unknown")[:10] + ("+" if result.environment["dirty"] else "")
-        what = f"{result.benchmark} {result.subject}".strip()
+        what = f"{result.benchmark} {result.subject}".strip() + f" ({setting(result)})"
         for m in result.measurements:
             if m.headline:
                 name = m.name if result.benchmark != "ablation" else f"{m.group}: {m.name}"

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks import charts
-from benchmarks.command import Common, run
+from benchmarks.command import Common, given, run
 from benchmarks.environment import environment, now
 from benchmarks.float8 import float8_blocks, multiplies_float8
 from benchmarks.generated import describe, first
@@ -46,7 +46,7 @@ WARM_UP_SHARE = 0.1  # of the schedule, which ends with the last step
 class Parity:
     """Loss curves of the optimised and the plain step on the same batches."""
 
-    common: Common = field(default_factory=Common)
+    common: Common = field(default_factory=lambda: Common(images=2048, rounds=1))
     preset: str = ""
     """Of train_ddp.py; empty: vit-s-300ep on a GPU, demo on the CPU."""
     batch_size: int | None = None
@@ -67,10 +67,12 @@ def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> R
     """Run all side by side, on each batch in turn."""
     common, cuda = flags.common, device.type == "cuda"
     steps = 20 if common.quick else flags.steps
+    if common.rounds != 1:
+        raise ConfigError(f"--rounds {common.rounds}: every curve is run once")
     if steps < SMOOTH and not common.quick:
         raise ConfigError(f"--steps {flags.steps} is too small for means of {SMOOTH} steps; use {SMOOTH} or more")
     started, env = now(), environment(device)
-    batch = flags.batch_size or (256 if cuda else 32)
+    batch = given(flags.batch_size, 256 if cuda else 32)
     config = training_config(
         device,
         progress.say,
@@ -101,7 +103,7 @@ def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> R
             **{key: value for key, value in config.flags().items() if key not in ("data", "out", "resume")},
             "float8": flags.float8,
             "steps": steps,
-            "rounds": 1,
+            "rounds": common.rounds,
             "data": "generated" if common.data is None else common.data.name,
             "files": describe(images),
         },
@@ -159,7 +161,9 @@ def smoothed(curve: Sequence[float]) -> NDArray[np.float64]:
 def summary(curves: dict[str, list[float]]) -> list[Measurement]:
     """Ends of the curves, and their distance from the plain one's."""
     found = [
-        Measurement("loss", name, f"mean of the last {LAST} steps", (float(np.mean(curve[-LAST:])),), "neither")
+        Measurement(
+            "loss", name, f"mean of the last {len(curve[-LAST:])} steps", (float(np.mean(curve[-LAST:])),), "neither"
+        )
         for name, curve in curves.items()
     ]
     for name in (name for name in curves if name != PLAIN):
@@ -173,12 +177,12 @@ def summary(curves: dict[str, list[float]]) -> list[Measurement]:
 
 
 def verdict(curves: dict[str, list[float]], name: str = FAST) -> str:
-    """Whether that curve is nearer to the plain one than another seed's is."""
+    """Whether that curve is nearer to the plain one than that of one other seed, which begins with other weights."""
     ours, seeds = (np.abs(smoothed(curves[curve]) - smoothed(curves[PLAIN])).mean() for curve in (name, OTHER_SEED))
     within = "within" if ours <= seeds else "beyond"
     return (
         f"{name}: over {len(curves[PLAIN])} steps the loss is {number(ours)} from the plain one on average, "
-        f"another seed's is {number(seeds)}: {within} the noise between seeds."
+        f"that of another seed is {number(seeds)}: {within} what separates two seeds."
     )
 
 

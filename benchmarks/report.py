@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import page, results, tables
-from benchmarks.comparison import Change, compare, unlike
+from benchmarks.comparison import Change, compare, lost_and_found, unlike
 from benchmarks.results import Result, ResultError
+from dali_pipes.replacing import write_atomically
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
@@ -61,9 +62,9 @@ def write_pages(flags: Report) -> None:
     # Everything that can fail comes before the first write.
     readme = with_table(flags.readme, page.headlines(found))
     flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "REPORT.md").write_text(page.markdown(found, flags.out))
-    (flags.out / "REPORT.html").write_text(page.html_page(found))
-    flags.readme.write_text(readme)
+    write_atomically(flags.out / "REPORT.md", page.markdown(found, flags.out).encode())
+    write_atomically(flags.out / "REPORT.html", page.html_page(found).encode())
+    write_atomically(flags.readme, readme.encode())
     print(f"{len(found)} results -> {flags.out}/REPORT.md, {flags.out}/REPORT.html, table in {flags.readme}")
 
 
@@ -93,17 +94,22 @@ def show_changes(old: Result, new: Result, console: Console) -> None:
     """
     for difference in unlike(old, new):
         console.print(f"not alike: {difference}", markup=False)
+    commits = [(r.environment["commit"] or "unknown")[:10] for r in (old, new)]
+    console.print(f"old: {old.created}, commit {commits[0]}; new: {new.created}, commit {commits[1]}", markup=False)
+    for age, rows in zip(("old", "new"), lost_and_found(old, new), strict=True):
+        for row in rows:
+            console.print(f"only in the {age} one: {row}", markup=False)
     changes = compare(old, new)
     if not changes:
-        raise ResultError("the two results share no measurement with at least two repeats")
+        raise ResultError("the two results share no measurement")
     console.print(_table(changes))
-    confidence = min(change.ratio.confidence for change in changes)
-    chance = sum(1 - change.ratio.confidence for change in changes)
-    console.print(
-        f"Each interval holds the true ratio with {confidence:.0%} or more if the machine was the same. "
-        f"Equal code would show up to {chance:.1f} changes among {len(changes)} on average.",
-        markup=False,
-    )
+    judged = [1 - c.ratio.confidence for c in changes if c.ratio and not c.verdict.startswith("not judged")]
+    if judged:
+        console.print(
+            f"Each interval holds the true ratio with {1 - max(judged):.0%} or more if the machine was the same. "
+            f"Equal code would show up to {sum(judged):.1f} changes among {len(judged)} on average.",
+            markup=False,
+        )
 
 
 def _table(changes: Sequence[Change]) -> Table:
@@ -116,8 +122,8 @@ def _table(changes: Sequence[Change]) -> Table:
             c.new.quantity,
             tables.number(c.old.estimate.median),
             tables.number(c.new.estimate.median),
-            f"{c.ratio.value:.3f}",
-            f"{c.ratio.low:.3f} to {c.ratio.high:.3f}",
+            f"{c.ratio.value:.3f}" if c.ratio else "",
+            f"{c.ratio.low:.3f} to {c.ratio.high:.3f}" if c.ratio and c.ratio.confidence else "",
             c.verdict,
         )
     return table

@@ -1,16 +1,22 @@
 """The JSON that a benchmark writes: what was measured, on what, how, and every single repeat."""
 
+import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from benchmarks.measure import Estimate, estimate
 from dali_pipes.replacing import write_atomically
 
 SCHEMA = 1
 Better = Literal["higher", "lower", "neither"]
+# What the pages, comparisons and predictions read of every result.
+FACTS = ("hardware", "device", "cpu", "cores", "gpu", "driver", "cuda", "versions", "commit", "dirty", "busy_cores")
+CONFIGURED = ("data", "files")
+MEASURED = ("matmul", "gflop_per_image")  # in the configuration, but no choice
 
 
 class ResultError(ValueError):
@@ -62,9 +68,14 @@ class Result:
 
     @property
     def stem(self) -> str:
-        """Name of its files: the same benchmark on the same hardware replaces the run before."""
+        """Name of its files, if they are the first of this benchmark on this hardware."""
         parts = [self.benchmark, self.subject, self.environment["hardware"], "quick" if self.quick else ""]
         return "-".join(re.sub(r"[^a-z0-9]+", "_", part.lower()).strip("_") for part in parts if part)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Of the configuration, what was chosen: two runs of the same choices are repeats of each other."""
+        return {key: value for key, value in self.configuration.items() if key not in MEASURED}
 
     def groups(self) -> list[str]:
         """The tables, in order of appearance."""
@@ -83,14 +94,38 @@ class Result:
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write `folder`/<stem>.json in one move; returns the file."""
+    """Write the result in one move; returns the file: `folder`/<stem>.json, or with more to its name if that holds a
+    run of other choices. A run of the same choices is replaced; its picture goes with it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record = {"schema": SCHEMA, **asdict(result)}
     for row, m in zip(record["measurements"], result.measurements, strict=True):
         row["estimate"] = asdict(m.estimate)
-    file = folder / f"{result.stem}.json"
-    write_atomically(file, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    file = _file(result, folder)
+    file.with_suffix(".png").unlink(missing_ok=True)
+    write_atomically(file, (json.dumps(_with_words(record), indent=1, allow_nan=False) + "\n").encode())
     return file
+
+
+def _file(result: Result, folder: Path) -> Path:
+    file = folder / f"{result.stem}.json"
+    try:
+        other = read(file)
+    except ResultError:  # none, or none that anybody can use
+        return file
+    here = json.loads(json.dumps(_with_words(result.choices)))  # as it would be read
+    if other.choices == here:
+        return file
+    return folder / f"{result.stem}-{hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:6]}.json"
+
+
+def _with_words(value: Any) -> Any:
+    """The same with "nan" and "inf" for numbers that JSON does not have; float() reads them."""
+    if isinstance(value, dict):
+        return {key: _with_words(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_words(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(file: Path) -> Result:
@@ -110,8 +145,16 @@ def read(file: Path) -> Result:
         raise ResultError(f"{file} has schema {schema}, this code reads {SCHEMA}; run the benchmark again")
     try:
         rows = [{key: value for key, value in row.items() if key != "estimate"} for row in record.pop("measurements")]
-        measurements = tuple(Measurement(**{**row, "values": tuple(row["values"])}) for row in rows)
+        measurements = tuple(Measurement(**{**row, "values": tuple(map(float, row["values"]))}) for row in rows)
         notes = tuple(record.pop("notes"))
-        return Result(**record, measurements=measurements, notes=notes)
-    except (KeyError, TypeError) as error:
+        result = Result(**record, measurements=measurements, notes=notes)
+        lacking = [key for key in FACTS if key not in result.environment]
+        lacking += [key for key in CONFIGURED if key not in result.configuration]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ResultError(f"{file} is not a whole result: {error}") from None
+    if lacking:
+        raise ResultError(f"{file} is not a whole result: it does not say {', '.join(lacking)}")
+    for m in measurements:
+        if not m.values or m.better not in get_args(Better):
+            raise ResultError(f"{file} is not a whole result: {m.quantity} of {m.name} has no values, or no direction")
+    return result

@@ -17,13 +17,16 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import charts
-from benchmarks.command import Common, run
+from benchmarks.command import Common, given, run
 from benchmarks.environment import environment, now
 from benchmarks.generated import describe, first
 from benchmarks.intervals import INTERVALS
+from benchmarks.measure import ratios
 from benchmarks.progress import Progress
 from benchmarks.results import Measurement, Result
 from benchmarks.step_runs import CACHED, LOADER, REAL, REFERENCE, Runs
+from benchmarks.tables import spread
+from benchmarks.throughput import ENERGY
 from benchmarks.trace import Beside
 from trainer import config as configuration
 from trainer.advice import data_advice
@@ -69,14 +72,14 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
         device,
         progress.say,
         preset=flags.preset,
-        batch_size=flags.batch_size or (256 if cuda else 16 if common.quick else 32),
+        batch_size=given(flags.batch_size, 256 if cuda else 16 if common.quick else 32),
         image_size=flags.image_size,
         amp=flags.amp,
         compile=flags.compile,
     )
     batch = config.optim.batch_size
     on_gpu, on_cpu = (5, 2) if common.quick else (20, 5)
-    steps = flags.steps or (on_gpu if cuda else on_cpu)
+    steps = given(flags.steps, on_gpu if cuda else on_cpu)
     rounds = 3 if common.quick else common.rounds
     images = common.index(progress)
     if flags.trace is not None:
@@ -118,7 +121,7 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
         },
         warm_up="3 steps of each kind, compilation included",
         measurements=(*_measurements(runs, batch, flops, bound), *_beside(others)),
-        notes=tuple(_notes(runs, threads, env["cores"])),
+        notes=tuple(_notes(runs, threads, env["cores"], bool(others))),
         settings={REFERENCE: runs.reference_settings} if runs.reference is not None else {},
     )
 
@@ -184,13 +187,13 @@ def _measurements(runs: Runs, batch: int, flops: float, bound: float) -> Iterato
         headline = kind != LOADER
         yield Measurement(RATES, kind, "images/s", rate, "higher", headline)
         yield Measurement(RATES, kind, "ms/step", tuple(milliseconds), "lower")
-        if kind != LOADER:
+        if kind != LOADER and (kind != REFERENCE or runs.reference_multiplies_alike):
             share = tuple(100 * flops / (ms / 1000) / bound for ms in milliseconds)
             yield Measurement(RATES, kind, "% of measured matmul rate (MFU)", share, "higher")
         if kind in runs.images_per_joule:
-            yield Measurement(RATES, kind, "images/J", tuple(runs.images_per_joule[kind]), "higher")
+            yield Measurement(RATES, kind, ENERGY, tuple(runs.images_per_joule[kind]), "higher")
         if kind in runs.peak_gb:
-            yield Measurement(RATES, kind, "peak memory, GB", (runs.peak_gb[kind],), "lower")
+            yield Measurement(RATES, kind, "peak memory of torch, GB", (runs.peak_gb[kind],), "lower")
     for group, kind in ((SHARES, REAL), (TIMES, CACHED)):
         for name in INTERVALS:
             values = tuple(fmean(step[name] for step in turn) for turn in runs.intervals[kind])
@@ -207,10 +210,11 @@ def _beside(others: Mapping[str, Beside]) -> Iterator[Measurement]:
         yield Measurement(BESIDE, kind, "% hidden", (100 * work.hidden,), "neither")
 
 
-def _notes(runs: Runs, threads: int, cores: int) -> Iterator[str]:
+def _notes(runs: Runs, threads: int, cores: int, saw_streams: bool) -> Iterator[str]:
     """What follows from the medians."""
     real, cached, loader = (runs.median(kind) for kind in (REAL, CACHED, LOADER))
-    yield f"On JPEGs a step takes {real / cached:.2f} times as long as on a cached batch."
+    longer = ratios(runs.milliseconds[REAL], runs.milliseconds[CACHED])
+    yield f"On JPEGs a step takes {spread(longer)} times as long as on a cached batch."
     hidden = min(1.0, max(0.0, (loader + cached - real) / loader))
     yield (
         f"The loader alone needs {loader:.1f} ms a batch; {hidden:.0%} of it is hidden behind the step."
@@ -220,15 +224,23 @@ def _notes(runs: Runs, threads: int, cores: int) -> Iterator[str]:
     wholes = [sum(sum(step.values()) for step in turn) for turn in runs.intervals[REAL]]
     if advice := data_advice(sum(waits) / sum(wholes), threads, cores):
         yield advice
-    if runs.device.type == "cpu":
-        yield "What runs beside the training stream is told on GPUs only."
     if REFERENCE in runs.kinds:
-        times = runs.median(REFERENCE) / cached
-        yield f"On a cached batch our step is {times:.2f} times as fast as the reference-style step."
+        faster = ratios(runs.milliseconds[REFERENCE], runs.milliseconds[CACHED])
+        precise = (
+            "" if runs.reference_multiplies_alike else f", which multiplies in float16, ours in {runs.multiplies_in}"
+        )
+        yield f"On a cached batch our step is {spread(faster)} times as fast as the reference-style step{precise}."
     if runs.left_out:
         yield runs.left_out
     if runs.device.type == "cpu":
-        yield "Peak memory is read on GPUs only."
+        yield "Peak memory and what runs beside the training stream are told on GPUs only."
+    else:
+        yield "Peak memory is that of torch: what DALI and its decoder hold comes on top."
+        yield (
+            "Beside the training stream are kernels and copies; the JPEG engine's work is in no trace."
+            if saw_streams
+            else "What ran beside the training stream is not known: torch.profiler saw no work of the GPU."
+        )
     yield "One rank: gather is a no-op, and nothing is averaged between ranks."
 
 

@@ -13,7 +13,7 @@ from benchmarks import flops
 from benchmarks.clocks import finish, wait_until_idle
 from benchmarks.gpu import LEAST_SECONDS, EnergyMeter
 from benchmarks.intervals import INTERVALS, StepClock, watched
-from benchmarks.measure import estimate
+from benchmarks.measure import estimate, turns
 from benchmarks.progress import Progress
 from benchmarks.reference_step import ReferenceStep
 from benchmarks.trace import Beside, Trace, beside
@@ -83,6 +83,11 @@ class Runs:
         """What the engine multiplies in."""
         return {"bf16": "bfloat16", "fp16": "float16", "tf32": "TF32"}.get(self.config.run.amp, "float32")
 
+    @property
+    def reference_multiplies_alike(self) -> bool:
+        """Whether the reference-style step multiplies at the engine's rate; on a GPU it does so in float16."""
+        return self.device.type != "cuda" or self.multiplies_in in ("bfloat16", "float16")
+
     def matmul_rate(self) -> float:
         """FLOP/s of the best repeat."""
         dtype = getattr(torch, self.multiplies_in, torch.float32)  # TF32 is a float32 that the engine has let in
@@ -127,16 +132,15 @@ class Runs:
         """`rounds` times every kind in turn, `steps` steps each."""
         self.milliseconds = {kind: [] for kind in self.kinds}
         progress.expect(rounds * len(self.kinds))
-        for turn in range(rounds):
-            for kind in self.kinds:
-                progress.part(f"{kind}: round {turn + 1} of {rounds}")
-                wait_until_idle(self.device)
-                self.milliseconds[kind].append(self._stretch(kind, steps))
-                if self._joules:
-                    images = steps * self.config.optim.batch_size
-                    self.images_per_joule.setdefault(kind, []).append(images / self._joules)
-                if kind in self.intervals:
-                    self.intervals[kind].append(self.clock.read())
+        for turn, kind in turns(self.kinds, rounds):
+            progress.part(f"{kind}: round {turn + 1} of {rounds}")
+            wait_until_idle(self.device)
+            self.milliseconds[kind].append(self._stretch(kind, steps))
+            if self._joules:
+                images = steps * self.config.optim.batch_size
+                self.images_per_joule.setdefault(kind, []).append(images / self._joules)
+            if kind in self.intervals:
+                self.intervals[kind].append(self.clock.read())
 
     def median(self, kind: str) -> float:
         """Milliseconds a step."""

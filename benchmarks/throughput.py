@@ -7,12 +7,13 @@ import torch
 
 from benchmarks.clocks import cpu_seconds, finish, wait_until_idle
 from benchmarks.gpu import LEAST_SECONDS, EnergyMeter
+from benchmarks.measure import turns
 from benchmarks.progress import Progress
-from benchmarks.results import Better, Measurement
+from benchmarks.results import Better, Measurement, ResultError
 from benchmarks.source import Contender
 from benchmarks.trace import device_milliseconds
 
-RATE, CPU, DEVICE, ENERGY = "images/s", "CPU-ms/image", "device-ms/image", "images/J"
+RATE, CPU, DEVICE, ENERGY = "images/s", "CPU-ms/image", "device-ms/image", "images/J of the GPU"
 BETTER: dict[str, Better] = {RATE: "higher", CPU: "lower", DEVICE: "lower", ENERGY: "higher"}
 PROFILED_BATCHES = 4  # of a window under the profiler, which slows the host down: apart from the timed one
 
@@ -30,7 +31,7 @@ def measure(
 
     A round goes through all of them before the next begins, and each starts when the one before has come to rest: a
     loader that fills its queue in another's window would slow that one down and get its own batches for nothing.
-    Closes the sources.
+    Closes the sources. Energy is the card's alone: of a loader that works on the host it says little.
 
     `batches`: windows of exactly so many, not of a time. Variants of one recipe are then at the same place of the data
     in every round, and what the draws there have in common cancels between them.
@@ -40,15 +41,14 @@ def measure(
     meter = EnergyMeter(device)
     progress.expect(rounds * len(contenders))
     try:
-        for turn in range(rounds):
-            for c in contenders:
-                progress.part(f"{c.group}, {c.name}: round {turn + 1} of {rounds}")
-                wait_until_idle(device)
-                window = _window(c, seconds, batches, device, meter)
-                if profiled and device.type == "cuda":
-                    window[DEVICE] = _device_time(c, device)
-                for quantity, value in window.items():
-                    taken[c.group, c.name].setdefault(quantity, []).append(value)
+        for turn, c in turns(contenders, rounds):
+            progress.part(f"{c.group}, {c.name}: round {turn + 1} of {rounds}")
+            wait_until_idle(device)
+            window = _window(c, seconds, batches, device, meter)
+            if profiled and device.type == "cuda":
+                window[DEVICE] = _device_time(c, device)
+            for quantity, value in window.items():
+                taken[c.group, c.name].setdefault(quantity, []).append(value)
     finally:
         for c in contenders:
             c.source.close()
@@ -89,6 +89,9 @@ def _window(
 def _device_time(c: Contender, device: torch.device) -> float:
     """Milliseconds an image that the device was busy: of as many whole batches as were taken, for the source's queue is
     full before and after.
+
+    Raises:
+        ResultError: the profiler saw none of it.
     """
     images = 0
 
@@ -99,4 +102,7 @@ def _device_time(c: Contender, device: torch.device) -> float:
         wait_until_idle(device)
 
     wait_until_idle(device)
-    return device_milliseconds(work, device) / images
+    busy = device_milliseconds(work, device)
+    if not busy:
+        raise ResultError("torch.profiler saw no work of the GPU: CUPTI is missing here, or another profiler holds it")
+    return busy / images

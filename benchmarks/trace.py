@@ -63,7 +63,9 @@ def _spans(events: Sequence[dict], categories: Sequence[str]) -> tuple[Span, ...
 
 @dataclass(frozen=True)
 class Beside:
-    """What one kind of work beside the training stream took, and the share of it that cost the training no time."""
+    """What one kind of work beside the training stream took, and the share of it while that stream was busy as well.
+    The two share the device, so what is hidden may still have slowed the training down.
+    """
 
     milliseconds: float
     hidden: float  # 0 to 1: while the training stream was busy
@@ -120,7 +122,9 @@ def length(stretches: Iterable[Stretch]) -> float:
 
 
 def device_milliseconds(work: Callable[[], None], device: torch.device) -> float:
-    """How long the device was busy with what `work` queues, on whichever stream; CUDA only."""
+    """How long the device was busy with the kernels and copies that `work` queues, on whichever stream; CUDA only. What
+    the JPEG engine does is in no trace.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize(device)

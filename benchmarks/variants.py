@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 
 from benchmarks import charts, flops
 from benchmarks.clocks import finish, wait_until_idle
-from benchmarks.command import Common, run
+from benchmarks.command import Common, given, run
 from benchmarks.environment import environment, now
 from benchmarks.float8 import multiplies_float8
 from benchmarks.generated import describe, first
+from benchmarks.measure import turns
 from benchmarks.progress import Progress
 from benchmarks.reference_step import Changes, ReferenceStep, side_by_side
 from benchmarks.results import Measurement, Result, ResultError
@@ -84,9 +85,9 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
     if not flags.presets:
         raise ConfigError(f"--presets takes one or more of: {', '.join(PRESETS)}")
     started, env = now(), environment(device)
-    batch, size = flags.batch_size or (256 if cuda else 4), flags.image_size or (224 if cuda else 32)
+    batch, size = given(flags.batch_size, 256 if cuda else 4), given(flags.image_size, 224 if cuda else 32)
     rounds = 3 if common.quick else common.rounds
-    steps = flags.steps or (1 if not cuda else 5 if common.quick else 20)
+    steps = given(flags.steps, 1 if not cuda else 5 if common.quick else 20)
     # The compiled rows are what the table is about: also in the short form.
     settings: dict[str, Any] = {"batch_size": batch, "image_size": size, "compile": flags.compile}
     configs = [_small(training_config(device, progress.say, preset=name, **settings)) for name in flags.presets]
@@ -98,7 +99,7 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
         progress.say(f"{config.model.arch}: building and warming up {len(ROWS) - len(EXPERIMENTS)} steps …")
         with side_by_side():
             try:
-                rows = Rows(config, device, first(images, max(len(images), batch)))
+                rows = Rows(config, device, first(images, max(len(images), batch)), common.workers or 1)
             except torch.OutOfMemoryError:
                 rows = None
             if rows is None:  # out of the block above, in which the error keeps its memory
@@ -162,13 +163,13 @@ def _free(device: torch.device) -> None:
 class Rows:
     """All steps of one architecture, side by side on one device; then the experiments."""
 
-    def __init__(self, config: Config, device: torch.device, images: DatasetIndex) -> None:
+    def __init__(self, config: Config, device: torch.device, images: DatasetIndex, threads: int) -> None:
         self.config, self.device = config, device
         self.milliseconds: dict[str, list[float]] = {}
         self.peak_gb: dict[str, float] = {}
         self.left_out: list[str] = []
         self._steps: dict[str, Callable[[], Any]] = {}
-        engine = Engine(config, World(), device, images, build_model(config), threads=1)
+        engine = Engine(config, World(), device, images, build_model(config), threads)
         self._views = next(iter(engine.loader)).views
         engine.loader.close()
         self._one_pass, copies = engine.model.one_pass, engine.guard.copies
@@ -241,16 +242,15 @@ class Rows:
         names = [name for name in ROWS if name in self._steps]
         self.milliseconds |= {name: [] for name in names}
         progress.expect(rounds * len(names))
-        for turn in range(rounds):
-            for name in names:
-                if name not in self._steps:
-                    continue
-                progress.part(f"{self.config.model.arch}, {name}: round {turn + 1} of {rounds}")
-                taken = self._time(name, steps)
-                if taken is None:
-                    self._leave_out(name, NO_ROOM)
-                else:
-                    self.milliseconds[name].append(taken)
+        for turn, name in turns(names, rounds):
+            if name not in self._steps:
+                continue
+            progress.part(f"{self.config.model.arch}, {name}: round {turn + 1} of {rounds}")
+            taken = self._time(name, steps)
+            if taken is None:
+                self._leave_out(name, NO_ROOM)
+            else:
+                self.milliseconds[name].append(taken)
 
     def _time(self, name: str, steps: int) -> float | None:
         """Milliseconds a step; None if the memory was not enough."""

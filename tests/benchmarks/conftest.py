@@ -38,6 +38,7 @@ def result():
             configuration={
                 "quick": quick,
                 "rounds": 7,
+                "threads": 16,
                 "data": "generated",
                 "files": {"files": 256, "mean_width": 500.0, "mean_height": 375.0, "mean_kilobytes": 110.0},
             },

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu, throughput
-from benchmarks.clocks import cpu_seconds, wait_until_idle
+from benchmarks.clocks import cpu_seconds, looking_on, wait_until_idle
 from benchmarks.gpu import EnergyMeter, GpuSampler, sentence
 from benchmarks.source import Contender
 from benchmarks.throughput import CPU, ENERGY, RATE, _window
@@ -34,6 +34,14 @@ def test_cpu_time_of_a_worker_counts():
     finally:
         worker.kill()
         worker.join()
+
+
+def test_cpu_time_of_who_looks_on_does_not_count():
+    before, spent = cpu_seconds(), time.thread_time()
+    with looking_on():
+        while time.thread_time() - spent < 0.3:
+            pass
+    assert cpu_seconds() - before < 0.2
 
 
 def test_an_idle_process_is_not_waited_for():
@@ -96,8 +104,12 @@ def test_a_window_of_batches_counts_images_and_energy(monkeypatch):
 def test_readings_become_a_sentence():
     summary = {"available": True, "mean": {"power_watts": 512.5}, "throttled": ["power cap"], "other_processes": 2}
     assert sentence(summary) == (
-        "GPU on average: power watts 512.5; held back by: power cap; 2 other processes on the card"
+        "GPU over the whole command, building and compiling included, on average: power watts 512.5; "
+        "held back by: power cap; 2 other processes on the card"
     )
+    silent = {"available": True, "mean": {"power_watts": 512.5}, "throttled": None, "other_processes": None}
+    assert sentence(silent).endswith("on average: power watts 512.5")
+    assert sentence({**silent, "throttled": []}).endswith("; never held back")
 
 
 def test_the_sampler_takes_what_a_driver_tells_and_leaves_out_the_rest(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import ablation, ablation_variants, loader, microbatch, reference_step, results, step, variants
+from benchmarks import ablation, ablation_variants, loader, microbatch, parity, reference_step, results, step, variants
 from benchmarks.command import Common, run
 from benchmarks.progress import Progress
 from dali_pipes import DatasetIndex
@@ -20,6 +20,7 @@ LOADER: Any = (loader.Loader, loader.measure_loaders, loader.draw)
 STEP: Any = (step.Step, step.measure_step, step.draw)
 MICROBATCH: Any = (microbatch.Microbatch, microbatch.measure_microbatch, microbatch.draw)
 ABLATION: Any = (ablation.Ablation, ablation.measure_ablation, ablation.draw)
+PARITY: Any = (parity.Parity, parity.measure_parity, parity.draw)
 VARIANTS: Any = (variants.Variants, variants.measure_variants, variants.draw)
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--workers", "1", "--batch-size", "2", "--image-size", "32", "--rounds", "2"]
@@ -91,13 +92,10 @@ def test_step_intervals_sum_to_the_step(result_of, tmp_path):
     trace = tmp_path / "traces" / "trace.json"
     result = result_of(STEP, "--steps", "2", "--trace", str(trace))
     assert result.subject == "vit_conv_small 32px"
-    shares = [m for m in result.of(step.SHARES) if m.quantity == "% of step"]
-    for turn in range(2):
-        assert sum(m.values[turn] for m in shares) == pytest.approx(100)
     parts = [m for m in result.of(step.SHARES) if m.quantity == "ms"]
     whole = result.find(step.RATES, "step on JPEGs", "ms/step").values
     for turn in range(2):
-        assert sum(m.values[turn] for m in parts) <= whole[turn]
+        assert 0.8 * whole[turn] < sum(m.values[turn] for m in parts) <= whole[turn]
     rate = result.find(step.RATES, "step on JPEGs", "images/s").values
     assert rate == pytest.approx([1000 * 2 / ms for ms in whole])
     assert '"forward q"' in trace.read_text()
@@ -135,7 +133,8 @@ def test_chunks_need_less_memory_and_give_the_same(tree, tmp_path, capsys):
 
 
 def test_a_step_that_dies_is_named():
-    config = microbatch._config(microbatch.Microbatch(batch_size=4, chunks=(2,), image_size=32, depth=1), CPU, print)
+    flags = microbatch.Microbatch(image_size=32, depth=1)
+    config = microbatch._config(flags, batch=4, chunks=(2,), device=CPU, say=print)
     views = torch.zeros(2, 4, 7, 32, 32, dtype=torch.uint8)  # of seven channels
     with pytest.raises(results.ResultError, match="the step with --microbatch 2 failed: exit code 1"):
         microbatch.take(config, CPU, views, 2)
@@ -200,6 +199,10 @@ def test_an_experiment_that_fails_is_left_out_with_its_reason(result_of, monkeyp
         (ABLATION, ["--workers", "-1"], "--workers -1"),
         (MICROBATCH, ["--chunks", "0"], "--chunks 0"),
         (MICROBATCH, ["--chunks", "8", "--batch-size", "8"], "from 1 to 7, below"),
+        (MICROBATCH, ["--batch-size", "0"], "below --batch-size"),
+        (PARITY, ["--rounds", "2"], "--rounds 2"),
+        (VARIANTS, ["--batch-size", "0"], "0"),
+        (STEP, ["--steps", "0"], "--steps 0"),
         (MICROBATCH, ["--preset", "r50-100ep"], "batch norm"),
         (STEP, ["--preset", "vit-x"], "vit-x"),
         (STEP, ["--image-size", "33"], "33"),

@@ -103,7 +103,7 @@ def test_the_step_is_the_newest_of_that_architecture_and_batch_on_a_gpu(result, 
                 subject=arch,
                 created=created,
                 environment=result().environment | {"hardware": hardware, "gpu": {"name": gpu} if gpu else None},
-                configuration={"batch_size": batch},
+                configuration=result().configuration | {"batch_size": batch, "amp": "bf16"},
                 measurements=(Measurement("step", "step on a cached batch", "ms/step", (ms,), "lower"),),
             ),
             tmp_path,
@@ -113,7 +113,10 @@ def test_the_step_is_the_newest_of_that_architecture_and_batch_on_a_gpu(result, 
     write("2026-01-01", 150.0)
     write("2026-01-02", 140.0, hardware="h100", gpu="H100")
     write("2026-01-03", 9999.0, hardware="cpu", gpu=None)
-    assert measured_step(tmp_path, "vit_base", 256) == (140.0, "step-vit_base-h100.json, H100")
+    assert measured_step(tmp_path, "vit_base", 256) == (
+        140.0,
+        "step-vit_base-h100.json: H100, batch 256, amp bf16, 16 threads",
+    )
     assert measured_step(tmp_path, "vit_base", 64) is None
 
 
@@ -127,7 +130,14 @@ def test_the_command_says_prediction_and_writes_json(tmp_path, capsys):
     assert [p["gpus"] for p in json.loads(file.read_text())["predictions"]] == [1, 8, 64, 512]
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["--preset", "x"], "--preset x"), (["--network", "0"], "--network 0")])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--preset", "x"], "--preset x"),
+        (["--network", "0"], "--network 0"),
+        (["--backward-share", "7"], "--backward-share 7"),
+    ],
+)
 def test_wrong_use_is_one_line(flags, said, capsys):
     assert communication.main(flags) == 2
     error = capsys.readouterr().err

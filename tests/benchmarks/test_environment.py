@@ -12,7 +12,7 @@ from benchmarks import environment
 
 def test_facts_are_json_and_name_the_hardware():
     facts = json.loads(json.dumps(environment.environment(torch.device("cpu"))))
-    assert facts["hardware"] == f"cpu {facts['cores']} cores"
+    assert facts["hardware"] == f"{facts['cpu']} {facts['cores']} cores"
     assert facts["gpu"] is None
     assert torch.__version__.startswith(facts["versions"]["torch"].partition("+")[0])
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", environment.now())

@@ -65,8 +65,17 @@ def test_after_the_deadline_nothing_begins():
     ("last", "counts"),
     [("5 passed in 2.1s", {"passed": 5}), ("5 passed, 2 skipped, 9 deselected in 1s", {"passed": 5, "skipped": 2})],
 )
-def test_what_counts_as_passed(last, counts):
-    assert passed(f"...\n{last}\n") == counts
+@pytest.mark.parametrize("after", ["", "[rank0]:[W123] destroy_process_group() was not called\n"])
+def test_what_counts_as_passed(last, counts, after):
+    assert passed(f"...\n=== {last} ===\n{after}") == counts
+
+
+def test_tests_that_were_cut_off_are_counted():
+    lines = [
+        f"tests/gpu/test_a.py::test_{i} {verdict} [ 1%]" for i, verdict in enumerate(["PASSED", "PASSED", "FAILED"])
+    ]
+    with pytest.raises(ValueError, match=r"not all GPU tests ran \(2 passed, 1 failed\): tests/gpu/test_b"):
+        passed("\n".join([*lines, "tests/gpu/test_b.py::test_hangs "]))
 
 
 @pytest.mark.parametrize(
@@ -168,12 +177,29 @@ def test_calls_for_some_parts_share_one_file(monkeypatch, tmp_path):
     assert list(call(only=["step"], code="print(3)").items()) == [("doctor", "2"), ("loader", "2"), ("step", "3")]
     assert call(code="print(4)") == {"doctor": "4", "loader": "4", "step": "4"}
     # What finds no time leaves what is known.
-    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "-1", "--only", "step"]) == 1
+    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--minutes", "-1", "--only", "step"]) == 3
     assert call(only=["doctor"]) == {"doctor": "1", "loader": "4", "step": "4"}
     # Of other code nothing is kept.
     monkeypatch.setattr(gpu_check, "code_digest", lambda: "other")
     assert call(only=["step"]) == {"step": "1"}
-    assert "loader" in (tmp_path / "gpu_check-gpu.json.old").read_text()
+    *_, old = sorted(tmp_path.glob("gpu_check-gpu.*.json.old"))
+    assert "loader" in old.read_text()
+
+
+def test_a_disk_that_is_full_ends_no_part(monkeypatch, tmp_path, capsys):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpu_check, "_link", lambda *arguments: None)
+    monkeypatch.setattr(gpu_check, "generated", lambda *arguments: None)
+    monkeypatch.setattr(gpu_check, "write_atomically", full)
+    chosen = [Part(name, ["-c", "pass"], 30.0, lambda output: {}) for name in ("doctor", "loader")]
+    monkeypatch.setattr(gpu_check, "parts", lambda flags, scratch: chosen)
+    assert gpu_check.main(["--device", "cpu", "--images", "1", "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert "ok   doctor" in told
+    assert "ok   loader" in told
+    assert "cannot be written: No space left on device" in told
 
 
 def test_a_benchmark_is_judged_by_the_file_it_wrote(result, tmp_path):

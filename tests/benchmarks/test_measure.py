@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from benchmarks.measure import differences, estimate, rerun_coverage
+from benchmarks.measure import differences, estimate, ratios, rerun_coverage, turns
 
 
 def counted_coverage(n, first, last):
@@ -58,3 +58,12 @@ def test_differences_are_of_the_same_round():
     assert differences([3.0, 5.0], [1.0, 1.0]) == (2.0, 4.0)
     with pytest.raises(ValueError, match="longer"):
         differences([1.0], [1.0, 2.0])
+
+
+def test_every_other_round_goes_backwards():
+    assert list(turns("ab", 3)) == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
+
+
+def test_ratios_are_of_the_same_round():
+    found = ratios([2.0, 20.0, 200.0], [1.0, 10.0, 100.0])
+    assert (found.low, found.median, found.high) == (2.0, 2.0, 2.0)

@@ -34,6 +34,8 @@ def test_the_page_holds_every_number_and_refers_to_the_plot(folder):
     assert "](../results/loader-cpu_2_cores.png)" in page
     assert "0123456789" in page
     assert "torch 2.9.0" in page
+    assert "Intervals hold: 60% with 3 rounds, 93% with 7 rounds." in page
+    assert "16 threads. Some CPU, 2 cores." in page
     assert "no GPU readings: the benchmark ran on the CPU" in page
 
 
@@ -68,7 +70,7 @@ def test_the_readme_changes_between_the_markers_only(folder):
     once = (folder / "README.md").read_text()
     assert once.startswith(f"# Title\n\n{report.BEGIN}\n| what |")
     assert once.endswith(f"{report.END}\n\nEnd.\n")
-    assert "| loader: ours | 103 (100 to 106) images/s | Some CPU, 2 cores | 0123456789 |" in once
+    assert "| loader (16 threads): ours | 103 (100 to 106) images/s | Some CPU, 2 cores | 0123456789 |" in once
     assert "theirs" not in once  # no headline
     write(folder)
     assert (folder / "README.md").read_text() == once
@@ -100,6 +102,7 @@ def test_compare_tells_the_change_and_what_is_not_alike(folder, result, capsys):
     assert report.main(["--compare", str(old), str(new)]) == 0
     printed = capsys.readouterr().out
     assert "not alike: quick: False and True" in printed
+    assert "commit 0123456789; new: " in printed
     line = next(line for line in printed.splitlines() if "images/s" in line)
     assert "1.500" in line
     assert line.rstrip().endswith("better")
