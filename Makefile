@@ -45,12 +45,12 @@ train: | $(READY) $(IMAGES) ## pre-train: DATA=DIR PRESET=demo OUT=RUN NPROC=aut
 	exec $(PY) $$torchrun train_ddp.py $(PRESET) --data $(DATA) --out $(OUT) $(ARGS)
 
 test: | $(READY) ## the tests (under 15 minutes on 2 cores)
-	@$(PY) -m pytest -m "gpu and not slow"
 	@$(TESTS) -m "not gpu and not slow"
+	@$(PY) -m pytest -m "gpu and not slow"
 
 test-all: | $(READY) ## the slow ones too (under 40 minutes)
-	@$(PY) -m pytest -m gpu
 	@$(TESTS) -m "not gpu"
+	@$(PY) -m pytest -m gpu
 
 soak: | $(READY) ## a run hit by one fault after another must end as if undisturbed: MINUTES=10
 	@$(PY) -m tests.soak --minutes $(MINUTES) $(ARGS)

@@ -139,6 +139,8 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
             "rounds": rounds,
             "batches": flags.batches,
             "back_ends": list(back_ends),
+            "per_view": flags.per_view,
+            "sweeps": flags.sweeps,
             "step": step.described,
             "probability": {name: [getattr(view, name) for view in MOCO_V3.views] for name in AUGMENTATIONS},
             "data": "generated" if common.data is None else common.data.name,

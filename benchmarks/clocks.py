@@ -1,6 +1,7 @@
 """Two clocks: CPU time of this process with its workers, and wall time of work that a device does."""
 
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ import torch
 IDLE_SHARE = 0.1  # of one core, below which the process counts as idle
 POLL_SECONDS = 0.04
 PATIENCE_SECONDS = 20.0
-QUERY_SECONDS = 2e-4
 _looking_on = 0.0  # CPU seconds
+_lock = threading.Lock()
 
 
 def cpu_seconds() -> float:
@@ -30,7 +31,8 @@ def looking_on() -> Iterator[None]:
     try:
         yield
     finally:
-        _looking_on += time.thread_time() - before
+        with _lock:
+            _looking_on += time.thread_time() - before
 
 
 def _cpu_seconds_of(pid: int | None) -> float:
@@ -55,10 +57,6 @@ def wait_until_idle(device: torch.device) -> None:
 
 def finish(device: torch.device) -> None:
     """Wait until the device has done all that was queued; the CPU has nothing queued."""
-    if device.type != "cuda":
-        return
-    # Synchronising spins: the wait for the GPU would pass for CPU time of the work.
-    last = torch.cuda.current_stream(device).record_event()
-    while not last.query():
-        time.sleep(QUERY_SECONDS)
-    torch.cuda.synchronize(device)  # with all other streams
+    if device.type == "cuda":
+        with looking_on():  # it spins: the wait for the GPU would pass for CPU time of the work
+            torch.cuda.synchronize(device)

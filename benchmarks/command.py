@@ -44,8 +44,7 @@ class Setting:
     workers: int | None = None
     """Threads of DALI and processes of a DataLoader, where images are loaded; None: as many as cores, at most 16."""
     rounds: int = 7
-    """Repeats of a measurement (in sweeps at most 3), taken in turns, so that a slow minute meets all alike; --quick
-    takes 2 or 3."""
+    """Repeats of a measurement (in sweeps at most 3), taken in turns, so that a slow minute meets all alike."""
 
     def check(self) -> None:
         """Raise `ConfigError` for values that cannot work."""
@@ -90,7 +89,7 @@ class Common(Setting):
     out: Path = Path("benchmarks/results")
     """Folder of the JSON and the PNG."""
     quick: bool = False
-    """A short form, to see that everything runs; its numbers say little."""
+    """A short form, mostly of 2 or 3 rounds, to see that everything runs; its numbers say little."""
 
     def check(self) -> None:
         """Raise `ConfigError` for values that cannot work."""
@@ -153,9 +152,9 @@ def run(
     tables.show(result, console)  # first, as the disk may be full
     console.print(f"- {gpu.sentence(result.gpu)}", markup=False)
     picture = io.BytesIO()
-    draw(result).savefig(picture, dpi=120)
     try:
         file = results.write(result, config.common.out)
+        draw(result).savefig(picture, dpi=120)
         write_atomically(file.with_suffix(".png"), picture.getvalue())
     except OSError as error:
         print(f"benchmarks.{name}: error: {config.common.out} cannot be written: {error.strerror}", file=sys.stderr)

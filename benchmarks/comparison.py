@@ -6,7 +6,7 @@ Lehmann 1963): no distribution is assumed, and for a handful of repeats it is ex
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb, exp, log
+from math import comb, exp, inf, log
 from statistics import median
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from benchmarks.environment import busy
 from benchmarks.results import Better, Measurement, Result
 
 CONFIDENCE = 0.95  # asked for; four repeats against four reach it, three against three reach 90 %
-Verdict = Literal["better", "worse", "no change shown", "not judged: one repeat", "not judged: not above 0"]
+Verdict = Literal["better", "worse", "no change shown", "not judged: one repeat", "not judged: no ratio"]
 # Of the environment, what speed depends on; the commit is what a comparison is about.
 ALIKE = ("cpu", "cores", "memory_gb", "gpu", "driver", "cuda", "os", "python", "versions", "torch_threads")
 
@@ -36,7 +36,7 @@ class Change:
 
     old: Measurement
     new: Measurement
-    ratio: Ratio | None  # None: a value is not above 0
+    ratio: Ratio | None  # None: a value is not above 0, or not finite
     verdict: Verdict
 
 
@@ -93,8 +93,8 @@ def lost_and_found(old: Result, new: Result) -> tuple[list[str], list[str]]:
 
 
 def _change(old: Measurement, new: Measurement) -> Change:
-    if not min(*old.values, *new.values) > 0:  # differences of two runs, or not a number
-        return Change(old, new, None, "not judged: not above 0")
+    if not all(0 < value < inf for value in (*old.values, *new.values)):  # a difference of two runs, or gone astray
+        return Change(old, new, None, "not judged: no ratio")
     r = ratio(old.values, new.values)
     single = min(len(old.values), len(new.values)) < 2
     return Change(old, new, r, "not judged: one repeat" if single else _verdict(r, new.better))
@@ -113,7 +113,6 @@ def unlike(old: Result, new: Result) -> list[str]:
         for what, a, b in (
             ("benchmark", old.benchmark, new.benchmark),
             ("subject", old.subject, new.subject),
-            ("hardware", old.environment["hardware"], new.environment["hardware"]),
         )
         if a != b
     ]

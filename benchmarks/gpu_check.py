@@ -4,8 +4,8 @@
 
 Runs the GPU tests, 200 steps of training on generated JPEGs, the equality table with the decoder, and short forms of
 the benchmarks, each as a process of its own: one that fails or hangs leaves the others alone, and the file holds what
-is done so far. Uses this Python as it stands. Exit code 0: all passed; 1: a part failed; 2: wrong use; 3: none failed,
-but some found no time.
+is done so far. Uses this Python as it stands. Exit code 0: all passed; 1: a part failed, or the file could not be
+written; 2: wrong use; 3: none failed, but for some the time was over.
 
 Where the GPU is lent for minutes, `--only` spreads the parts over several calls: the file keeps those of earlier calls
 as long as code, versions and kind of machine are the same.
@@ -85,6 +85,7 @@ class Outcome:
     ok: bool
     seconds: float
     reason: str = ""
+    late: bool = False  # the time was over, before it began or before it was done
     findings: dict[str, Any] = field(default_factory=dict)
     output: str = ""
 
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 2
         console.print(f"what was in {file.name} is in {kept.name}: it is replaced, or of other code or another machine")
-    unwritten = False
+    unwritten = ""
     with tempfile.TemporaryDirectory() as scratch:
         _link(images, math.prod(TRAINING[flags.device]), Path(scratch, IMAGES))
         outcomes = []
@@ -131,20 +132,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = _run(part, deadline)
             outcomes.append(outcome)
             console.print(f"{'ok  ' if outcome.ok else 'FAIL'} {part.name}: {outcome.seconds:.0f} s {outcome.reason}")
-            if outcome.seconds or part.name not in records:  # it ran
+            if not outcome.late or part.name not in records:
                 records[part.name] = {**asdict(outcome), "machine": {name: env[name] for name in FREE}}
             done = [records[name] for name in names if name in records]
             record = {"schema": 2, "environment": env, "code": digest, "parts": done}
             # Each time: whoever lends the GPU may end this, too.
             try:
                 write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
+                unwritten = ""
             except OSError as error:
-                console.print(f"{file} cannot be written: {error.strerror}; the other parts run all the same")
-                unwritten = True
-    late = [o.name for o in outcomes if not o.seconds]
-    failed = [o.name for o in outcomes if not o.ok and o.seconds]
+                unwritten = f"the file could not be written: {error.strerror}"
+    late = [o.name for o in outcomes if o.late]
+    failed = [o.name for o in outcomes if not o.ok and not o.late]
     verdict = [f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}"] if failed else []
-    verdict += [f"no time was left for {', '.join(late)}; run them with --only"] if late else []
+    verdict += [f"the time was over for {', '.join(late)}; run them with --only"] if late else []
+    verdict += [unwritten] if unwritten else []
     print(f"{file}: " + ("; ".join(verdict) or "all passed"))
     return 1 if failed or unwritten else 3 if late else 0
 
@@ -280,8 +282,8 @@ def _run(part: Part, deadline: float) -> Outcome:
     command, created = " ".join(["python", *part.arguments]), now()
     limit = min(part.seconds, deadline - time.monotonic())
     if limit <= 0:
-        return Outcome(part.name, command, created, ok=False, seconds=0.0, reason="not run: the time was over")
-    started, reason = time.monotonic(), ""
+        return Outcome(part.name, command, created, False, 0.0, "not run: the time was over", late=True)
+    started, reason, late = time.monotonic(), "", False
     # A file, no pipe, which a process that outlives the part would hold open.
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(
@@ -299,14 +301,15 @@ def _run(part: Part, deadline: float) -> Outcome:
                 with suppress(ProcessLookupError):
                     os.kill(each, signal.SIGKILL)
             process.wait()
-            reason = f"ended after {limit:.0f} s"
+            late = limit < part.seconds
+            reason = f"ended after {limit:.0f} s" + (": the time was over" if late else "")
         output = os.pread(printed.fileno(), os.fstat(printed.fileno()).st_size, 0).decode(errors="replace")
     seconds, findings = round(time.monotonic() - started, 1), {}
     try:
         findings = part.findings(output)
     except Exception as error:  # of what a part left behind: whatever it is, the other parts are to run
         reason = "; ".join(filter(None, (reason, str(error) or type(error).__name__)))
-    return Outcome(part.name, command, created, not reason, seconds, reason, findings, output[-TAIL:])
+    return Outcome(part.name, command, created, not reason, seconds, reason, late, findings, output[-TAIL:])
 
 
 def _family(process: int) -> Iterator[int]:

@@ -82,6 +82,7 @@ def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progre
         configuration={
             "quick": common.quick,
             **{key: value for key, value in config.flags().items() if key not in ("data", "out", "resume")},
+            "chunks": list(chunks),
             "rounds": common.rounds,
             "data": "generated" if common.data is None else common.data.name,
             "files": describe(images),
@@ -97,6 +98,8 @@ def _config(
 ) -> Config:
     if flags.preset not in PRESETS:
         raise ConfigError(f"--preset {flags.preset} is not known; choose from: {', '.join(PRESETS)}")
+    if batch < 2:
+        raise ConfigError(f"--batch-size {batch} is too small; use 2 or more")
     if not chunks or min(chunks) < 1 or max(chunks) >= batch:
         raise ConfigError(
             f"--chunks {' '.join(map(str, chunks))}: takes numbers from 1 to {batch - 1}, below --batch-size"

@@ -168,7 +168,7 @@ def summary(curves: dict[str, list[float]]) -> list[Measurement]:
     ]
     for name in (name for name in curves if name != PLAIN):
         gap = np.abs(smoothed(curves[name]) - smoothed(curves[PLAIN]))
-        group = f"distance from {PLAIN}, means of {SMOOTH} steps"
+        group = f"distance from {PLAIN}, means of {min(SMOOTH, len(curves[name]))} steps"
         found += [
             Measurement(group, name, "average", (float(gap.mean()),), "lower"),
             Measurement(group, name, "largest", (float(gap.max()),), "lower"),
@@ -205,7 +205,7 @@ def draw(result: Result) -> Figure:
     losses.set_ylabel("loss")
     gaps.set_ylabel("difference of the loss")
     for axes in (losses, gaps):
-        axes.set_xlabel(f"step (thick: mean of the last {SMOOTH})", fontsize=9)
+        axes.set_xlabel(f"step (thick: mean of the last {min(SMOOTH, len(curves[PLAIN]))})", fontsize=9)
         axes.legend(fontsize=8)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

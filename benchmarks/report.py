@@ -101,7 +101,7 @@ def show_changes(old: Result, new: Result, console: Console) -> None:
             console.print(f"only in the {age} one: {row}", markup=False)
     changes = compare(old, new)
     if not changes:
-        raise ResultError("the two results share no measurement")
+        raise ResultError("the two results share no measurement that can be better or worse")
     console.print(_table(changes))
     judged = [1 - c.ratio.confidence for c in changes if c.ratio and not c.verdict.startswith("not judged")]
     if judged:

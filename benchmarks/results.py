@@ -102,21 +102,22 @@ def write(result: Result, folder: Path) -> Path:
     for row, m in zip(record["measurements"], result.measurements, strict=True):
         row["estimate"] = asdict(m.estimate)
     file = _file(result, folder)
-    file.with_suffix(".png").unlink(missing_ok=True)
     write_atomically(file, (json.dumps(_with_words(record), indent=1, allow_nan=False) + "\n").encode())
+    file.with_suffix(".png").unlink(missing_ok=True)
     return file
 
 
 def _file(result: Result, folder: Path) -> Path:
-    file = folder / f"{result.stem}.json"
+    choices = json.dumps(result.choices, sort_keys=True)
+    usual = folder / f"{result.stem}.json"
+    special = folder / f"{result.stem}-{hashlib.sha256(choices.encode()).hexdigest()[:6]}.json"
+    if special.exists():
+        return special
     try:
-        other = read(file)
+        other = read(usual)
     except ResultError:  # none, or none that anybody can use
-        return file
-    here = json.loads(json.dumps(_with_words(result.choices)))  # as it would be read
-    if other.choices == here:
-        return file
-    return folder / f"{result.stem}-{hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:6]}.json"
+        return usual
+    return usual if other.choices == json.loads(choices) else special
 
 
 def _with_words(value: Any) -> Any:

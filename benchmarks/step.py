@@ -113,6 +113,7 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
             **{key: value for key, value in config.flags().items() if key not in ("data", "out", "resume")},
             "rounds": rounds,
             "steps": steps,
+            "reference": flags.reference,
             "workers": threads,
             "data": "generated" if common.data is None else common.data.name,
             "files": describe(images),

@@ -99,7 +99,9 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
         progress.say(f"{config.model.arch}: building and warming up {len(ROWS) - len(EXPERIMENTS)} steps …")
         with side_by_side():
             try:
-                rows = Rows(config, device, first(images, max(len(images), batch)), common.workers or 1)
+                rows = Rows(
+                    config, device, first(images, max(len(images), batch)), common.workers or min(16, env["cores"])
+                )
             except torch.OutOfMemoryError:
                 rows = None
             if rows is None:  # out of the block above, in which the error keeps its memory

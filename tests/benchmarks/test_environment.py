@@ -1,9 +1,8 @@
 """The facts that go with every number: JSON-ready, and silent where git is not there."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 
 import torch
 
@@ -43,10 +42,20 @@ def test_a_shared_machine_is_said():
     assert "others used 1.6 of 2 cores" in environment.busy({"busy_cores": 1.6, "cores": 2})
 
 
-def test_the_load_is_what_other_processes_use_now():
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        assert environment._busy_cores() > 0.2  # a core, on a machine that others leave some of
-    finally:
-        other.kill()
-        other.wait()
+def test_the_load_is_what_other_processes_use_now_of_the_own_cores(monkeypatch, tmp_path):
+    ticks = os.sysconf("SC_CLK_TCK")
+
+    def stat(own, others):
+        numbers = "{} 0 0 900 900 0 0 0 0 0"
+        lines = ["cpu", *(f"cpu{core}" for core in range(3))]
+        used = [own + others, own, 0, others]
+        return (
+            "".join(f"{line} {numbers.format(int(n * ticks))}\n" for line, n in zip(lines, used, strict=True))
+            + "intr 5\n"
+        )
+
+    told = iter([stat(own=5.0, others=70.0), stat(own=5.5, others=71.0)])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(environment.Path, "read_text", lambda file: next(told))
+    monkeypatch.setattr(environment.time, "process_time", lambda: 0.0)
+    assert environment._busy_cores() == 0.5

@@ -57,8 +57,14 @@ def test_a_part_that_hangs_is_ended_with_its_children():
     assert time.monotonic() - started < 20
 
 
-def test_after_the_deadline_nothing_begins():
-    assert outcome("print(1)", deadline=-1.0).reason == "not run: the time was over"
+def test_after_the_deadline_nothing_begins_and_what_runs_is_ended():
+    late = outcome("print(1)", deadline=-1.0)
+    assert late.reason == "not run: the time was over"
+    ended = outcome("import time; time.sleep(60)", deadline=0.5)
+    assert ended.reason == "ended after 0 s: the time was over"
+    assert late.late
+    assert ended.late
+    assert not outcome("import time; time.sleep(60)", seconds=0.5).late
 
 
 @pytest.mark.parametrize(
@@ -196,10 +202,10 @@ def test_a_disk_that_is_full_ends_no_part(monkeypatch, tmp_path, capsys):
     chosen = [Part(name, ["-c", "pass"], 30.0, lambda output: {}) for name in ("doctor", "loader")]
     monkeypatch.setattr(gpu_check, "parts", lambda flags, scratch: chosen)
     assert gpu_check.main(["--device", "cpu", "--images", "1", "--out", str(tmp_path)]) == 1
-    told = capsys.readouterr().err
-    assert "ok   doctor" in told
-    assert "ok   loader" in told
-    assert "cannot be written: No space left on device" in told
+    told = capsys.readouterr()
+    assert "ok   doctor" in told.err
+    assert "ok   loader" in told.err
+    assert "the file could not be written: No space left on device" in told.out
 
 
 def test_a_benchmark_is_judged_by_the_file_it_wrote(result, tmp_path):
