@@ -151,11 +151,12 @@ def headlines(found: Sequence[tuple[Path, Result]]) -> str:
         if result.quick:
             continue
         commit = (result.environment["commit"] or "unknown")[:10] + ("+" if result.environment["dirty"] else "")
-        what = f"{result.benchmark} {result.subject}".strip() + f" ({setting(result)})"
+        what = f"{result.benchmark} {result.subject}".strip()
         for m in result.measurements:
             if m.headline:
                 name = m.name if result.benchmark != "ablation" else f"{m.group}: {m.name}"
-                rows.append([f"{what}: {name}", f"{tables.spread(m.estimate)} {m.quantity}", hardware(result), commit])
+                value = f"{tables.spread(m.estimate)} {m.quantity}"
+                rows.append([f"{what}: {name}", value, setting(result), hardware(result), commit])
     if not rows:
         return "Not yet measured."
-    return markdown_table(["what", "median (interval of a rerun)", "on", "commit"], rows)
+    return markdown_table(["what", "median (interval of a rerun)", "with", "on", "commit"], rows)

@@ -117,7 +117,9 @@ def _file(result: Result, folder: Path) -> Path:
         other = read(usual)
     except ResultError:  # none, or none that anybody can use
         return usual
-    return usual if other.choices == json.loads(choices) else special
+    here = json.loads(choices)  # as it would be read
+    # Choices that an older version did not write down are none to differ in.
+    return usual if all(here[key] == other.choices[key] for key in here.keys() & other.choices.keys()) else special
 
 
 def _with_words(value: Any) -> Any:

@@ -70,7 +70,7 @@ def test_the_readme_changes_between_the_markers_only(folder):
     once = (folder / "README.md").read_text()
     assert once.startswith(f"# Title\n\n{report.BEGIN}\n| what |")
     assert once.endswith(f"{report.END}\n\nEnd.\n")
-    assert "| loader (16 threads): ours | 103 (100 to 106) images/s | Some CPU, 2 cores | 0123456789 |" in once
+    assert "| loader: ours | 103 (100 to 106) images/s | 16 threads | Some CPU, 2 cores | 0123456789 |" in once
     assert "theirs" not in once  # no headline
     write(folder)
     assert (folder / "README.md").read_text() == once
