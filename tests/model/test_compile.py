@@ -49,13 +49,9 @@ def compare_on_rank(arch, backend):
     return compiled[0], graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "backend"),
-    [
-        ("vit_conv_small", "aot_eager"),
-        pytest.param("vit_conv_small", "inductor", marks=pytest.mark.slow),
-        pytest.param("resnet18", "aot_eager", marks=pytest.mark.slow),
-    ],
+    ("arch", "backend"), [("vit_conv_small", "aot_eager"), ("vit_conv_small", "inductor"), ("resnet18", "aot_eager")]
 )
 def test_compiled_ranks_equal_eager_ones(arch, backend, tmp_path):
     ranks = run_on_ranks(compare_on_rank, arch, backend, folder=tmp_path, timeout=400)

@@ -111,7 +111,7 @@ def test_ctrl_c_and_the_same_command_give_the_undisturbed_trace(ranks, start, sa
         assert (ours["step"], ours["loss"]) == (theirs["step"], theirs["loss"])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "lars"])
 def test_two_ranks_give_the_losses_of_one_process(optimizer, train, start, losses, sample, tmp_path):
     flags = ["--dtype", "float64", "--max-steps", 4, "--no-knn", "--optimizer", optimizer, "--warmup-epochs", 0]
     assert train(*flags, out="one") == 0

@@ -286,6 +286,7 @@ def test_rank_without_torchrun(refused, monkeypatch):
     assert "RANK is set but LOCAL_RANK" in refused()
 
 
+@pytest.mark.slow
 def test_help_ends_every_rank(start):
     process = start("--help", ranks=2)
     printed, _ = process.communicate(timeout=120)
@@ -331,7 +332,10 @@ def test_a_full_disk_ends_with_a_line(train, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "line"),
-    [(["--batch-size", 17], "--batch-size 17 is not divisible by world size 2"), (["--epochs", "many"], "many")],
+    [
+        (["--batch-size", 17], "--batch-size 17 is not divisible by world size 2"),
+        pytest.param(["--epochs", "many"], "many", marks=pytest.mark.slow),
+    ],
 )
 def test_under_torchrun_the_line_is_printed_once(flag, line, start, sample, tmp_path):
     process = start("--data", sample, "--out", tmp_path / "run", *flag, ranks=2)
