@@ -147,12 +147,13 @@ def pretended_gpu(monkeypatch):
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "is_current_stream_capturing": lambda: False,
         "_lazy_init": lambda: None,
         "default_generators": (torch.Generator(),),
         "get_device_capability": lambda device=None: (9, 0),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    idle = SimpleNamespace(is_capturing=lambda: False)
+    idle = SimpleNamespace(is_capturing=lambda: False)  # asked by torch 2.14
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: idle)
     monkeypatch.setattr(torch, "autocast", _Autocast)
     # Else a module that is moved would keep parameters of its own class.
