@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results
-from benchmarks.page import setting
 from benchmarks.results import ResultError
 from benchmarks.step_runs import CACHED
 from benchmarks.tables import number
@@ -153,7 +152,7 @@ def measured_step(folder: Path, arch: str, batch: int) -> tuple[float, str] | No
         gpu, shape = result.environment["gpu"], (result.subject, result.configuration.get("batch_size"))
         if gpu is not None and shape == (arch, batch) and not result.quick:
             ms = result.find("step", CACHED, "ms/step").estimate.median
-            found.append((result.created, ms, f"{file.name}: {gpu['name']}, {setting(result)}"))
+            found.append((result.created, ms, f"{file.name}: {gpu['name']}, {result.setting}"))
     return max(found)[1:] if found else None
 
 

@@ -39,21 +39,6 @@ def hardware(result: Result) -> str:
     return env["gpu"]["name"] if env["gpu"] else f"{env['cpu']}, {env['cores']} cores"
 
 
-def setting(result: Result) -> str:
-    """What was chosen that speed depends on most, in short: batch, pixels, precision, compiler, threads."""
-    chosen = result.configuration
-    said = []
-    for words, names in {
-        "batch {}": ("batch_size", "batch"),
-        "{} px": ("image_size", "size"),
-        "amp {}": ("amp",),
-        "compile {}": ("compile",),
-        "{} threads": ("workers", "threads"),
-    }.items():
-        said += [words.format(chosen[name]) for name in names if chosen.get(name) is not None][:1]
-    return ", ".join(said)
-
-
 def facts(result: Result) -> str:
     """What of, when, which commit, driver, versions, images and repeats, in a line."""
     env, configuration = result.environment, result.configuration
@@ -66,7 +51,7 @@ def facts(result: Result) -> str:
     held = {e.repeats: e.coverage for e in (m.estimate for m in result.measurements) if e.repeats > 1}
     intervals = ", ".join(f"{coverage:.0%} with {n} rounds" for n, coverage in sorted(held.items()))
     return (
-        f"{setting(result)}. {env['cpu']}, {env['cores']} cores. {driver}{versions}. {images}"
+        f"{result.setting}. {env['cpu']}, {env['cores']} cores. {driver}{versions}. {images}"
         f"{result.created}, commit {commit}. "
         + (f"Intervals hold: {intervals}. " if intervals else "")
         + f"Warm-up: {result.warm_up}. Cores used by others at the start: {env['busy_cores']}."
@@ -156,7 +141,7 @@ def headlines(found: Sequence[tuple[Path, Result]]) -> str:
             if m.headline:
                 name = m.name if result.benchmark != "ablation" else f"{m.group}: {m.name}"
                 value = f"{tables.spread(m.estimate)} {m.quantity}"
-                rows.append([f"{what}: {name}", value, setting(result), hardware(result), commit])
+                rows.append([f"{what}: {name}", value, result.setting, hardware(result), commit])
     if not rows:
         return "Not yet measured."
     return markdown_table(["what", "median (interval of a rerun)", "with", "on", "commit"], rows)

@@ -77,6 +77,20 @@ class Result:
         """Of the configuration, what was chosen: two runs of the same choices are repeats of each other."""
         return {key: value for key, value in self.configuration.items() if key not in MEASURED}
 
+    @property
+    def setting(self) -> str:
+        """What was chosen that speed depends on most, in short: batch, pixels, precision, compiler, threads."""
+        said = []
+        for words, names in {
+            "batch {}": ("batch_size", "batch"),
+            "{} px": ("image_size", "size"),
+            "amp {}": ("amp",),
+            "compile {}": ("compile",),
+            "{} threads": ("workers", "threads"),
+        }.items():
+            said += [words.format(self.configuration[name]) for name in names if self.configuration.get(name)][:1]
+        return ", ".join(said)
+
     def groups(self) -> list[str]:
         """The tables, in order of appearance."""
         return list(dict.fromkeys(m.group for m in self.measurements if not m.detail))
