@@ -90,7 +90,7 @@ def measure_ablation(flags: Ablation, device: torch.device, progress: Progress) 
     usual: tuple[BackEnd, ...] = ("dali",) if no_fused else ("dali", "fused")
     back_ends = flags.augment or usual
     started, env = now(), environment(device)
-    threads = common.workers or min(16, env["cores"])
+    threads = common.threads
     batch = given(flags.batch_size, 256 if cuda else 8)
     rounds = 2 if common.quick else common.rounds
     config = training_config(

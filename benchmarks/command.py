@@ -28,6 +28,13 @@ from dali_pipes.replacing import write_atomically
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device
 
+T = TypeVar("T")
+
+
+def given(value: T | None, default: T) -> T:
+    """A flag's value, or the default where it was not given: 0 is a value, and is refused as one."""
+    return default if value is None else value
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -51,6 +58,11 @@ class Setting:
         for flag, value in {"--images": self.images, "--rounds": self.rounds, "--workers": self.workers}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value} is too small; use 1 or more")
+
+    @property
+    def threads(self) -> int:
+        """Threads of DALI and processes of a DataLoader: as given, or as many as train_ddp.py takes."""
+        return given(self.workers, World().default_threads())
 
     def index(self, progress: Progress) -> DatasetIndex:
         """The images to measure on."""
@@ -111,12 +123,6 @@ class Benchmark(Protocol):
 
 
 Flags = TypeVar("Flags", bound=Benchmark)
-T = TypeVar("T")
-
-
-def given(value: T | None, default: T) -> T:
-    """A flag's value, or the default where it was not given: 0 is a value, and is refused as one."""
-    return default if value is None else value
 
 
 def run(

@@ -9,7 +9,6 @@ do than on a machine whose state does not change between runs in 99 of 100 cases
 
 import itertools
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -94,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(flags: Coverage, images: DatasetIndex, device: torch.device, progress: Progress) -> dict[str, Estimate]:
     """One run of a loader benchmark as any user starts it, pipelines built anew: rates by name."""
-    threads = flags.common.workers or min(16, len(os.sched_getaffinity(0)))
+    threads = flags.common.threads
     batch = flags.batch_size
     sources: dict[str, Source] = {
         "dali: decode only": dali_sources.decode_only(images, batch, threads, device),

@@ -75,7 +75,7 @@ def measure_loaders(flags: Loader, device: torch.device, progress: Progress) -> 
     ):
         raise ConfigError("--image-size takes 8 or more, --batch-size 1 or more, --seconds more than 0")
     started, env = now(), environment(device)
-    workers = common.workers or min(16, env["cores"])
+    workers = common.threads
     batch = given(flags.batch_size, 256 if device.type == "cuda" else 8 if common.quick else 16)
     rounds, seconds = (3, 0.2) if common.quick else (common.rounds, flags.seconds)
     images = common.readable_by_all(progress)

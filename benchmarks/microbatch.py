@@ -59,7 +59,7 @@ def measure_microbatch(flags: Microbatch, device: torch.device, progress: Progre
     config = _config(flags, batch, chunks, device, progress.say)
     started, env = now(), environment(device)
     images = first(common.index(progress), batch)
-    views = _views(config, images, common.workers or min(16, env["cores"]))
+    views = _views(config, images, common.threads)
     precisions = {"": config}
     if not cuda:
         # Where rounding is at float64's level, the method can be told from it.

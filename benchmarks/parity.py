@@ -87,7 +87,7 @@ def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> R
     epochs = -(-steps // (len(images) // batch))
     warm_up = max(round(WARM_UP_SHARE * epochs), int(epochs > 1))  # whole epochs, and AdamW needs some
     config = configuration.replace(config, epochs=epochs, warmup_epochs=warm_up)
-    threads = common.workers or min(16, env["cores"])
+    threads = common.threads
     with side_by_side():
         curves = train(config, device, images, steps, threads, progress, flags.float8)
     notes = [verdict(curves, name) for name in (FAST, FLOAT8) if name in curves]

@@ -85,7 +85,7 @@ def measure_step(flags: Step, device: torch.device, progress: Progress) -> Resul
     if flags.trace is not None:
         flags.trace.parent.mkdir(parents=True, exist_ok=True)
         flags.trace.open("ab").close()  # or raise now: the profiler would only log it, after all the work
-    threads = common.workers or min(16, env["cores"])
+    threads = common.threads
 
     progress.say(f"building and warming up {config.model.arch}, batch {batch}, amp {config.run.amp} …")
     runs = Runs(config, device, first(images, 8 * batch), threads, flags.reference)

@@ -99,9 +99,7 @@ def measure_variants(flags: Variants, device: torch.device, progress: Progress) 
         progress.say(f"{config.model.arch}: building and warming up {len(ROWS) - len(EXPERIMENTS)} steps …")
         with side_by_side():
             try:
-                rows = Rows(
-                    config, device, first(images, max(len(images), batch)), common.workers or min(16, env["cores"])
-                )
+                rows = Rows(config, device, first(images, max(len(images), batch)), common.threads)
             except torch.OutOfMemoryError:
                 rows = None
             if rows is None:  # out of the block above, in which the error keeps its memory

@@ -42,7 +42,7 @@ def test_a_shared_machine_is_said():
     assert "others used 1.6 of 2 cores" in environment.busy({"busy_cores": 1.6, "cores": 2})
 
 
-def test_the_load_is_what_other_processes_use_now_of_the_own_cores(monkeypatch, tmp_path):
+def test_the_load_is_what_other_processes_use_now_of_the_own_cores(monkeypatch):
     ticks = os.sysconf("SC_CLK_TCK")
 
     def stat(own, others):
