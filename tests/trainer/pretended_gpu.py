@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -156,6 +157,12 @@ def pretended_gpu(monkeypatch):
     idle = SimpleNamespace(is_capturing=lambda: False)  # asked by torch 2.14
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: idle)
     monkeypatch.setattr(torch, "autocast", _Autocast)
+    grouped = clip_grad._group_tensors_by_device_and_dtype  # by C++
+
+    def on_gpu(lists):
+        return {(GPU, dtype): found for (_, dtype), found in grouped(lists).items()}
+
+    monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", on_gpu)
     # Else a module that is moved would keep parameters of its own class.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

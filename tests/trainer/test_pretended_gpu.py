@@ -28,6 +28,7 @@ def steps(engine, views):
         ["--amp", "bf16", "--arch", "resnet18", "--embed-dim", None, "--depth", None, "--num-heads", None],
         ["--amp", "fp16"],
         ["--amp", "fp16", "--optimizer", "lars"],
+        ["--amp", "bf16", "--clip-grad", 1.0],
         ["--amp", "bf16", "--microbatch", 5],
         ["--amp", "fp16", "--microbatch", 5, "--checkpoint-activations"],
     ],
