@@ -3,50 +3,57 @@
     python -m benchmarks.parity [--preset demo] [--steps 500] [--batch-size 32] [--float8] [--help]
 
 The trainer's step as it is fast (bf16, compiled where there is a compiler, channels_last, fused) beside plain eager
-float32 steps from the same weights. The yardstick is a third run, plain again, from the weights of another seed: what
-separates the two must be no more than what separates two seeds. With `--float8` the optimised step runs once more, with
-float8 linear layers.
+float32 steps from the same weights, both once for each of several seeds (`--rounds`). Rounding alone drives two runs
+apart, as far as two seeds are in the end; so what counts is whether the one kind ends lower or higher with every seed.
+With `--float8` the optimised step runs once more, with float8 linear layers.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks import charts
 from benchmarks.command import Common, given, run
 from benchmarks.environment import environment, now
 from benchmarks.float8 import float8_blocks, multiplies_float8
 from benchmarks.generated import describe, first
+from benchmarks.measure import differences, estimate
 from benchmarks.progress import Progress
 from benchmarks.reference_step import Changes, ReferenceStep, side_by_side
 from benchmarks.results import Measurement, Result
 from benchmarks.step import training_config
-from benchmarks.tables import number
+from benchmarks.tables import spread
 from dali_pipes import DatasetIndex
+from model import MoCoV3
 from trainer import config as configuration
 from trainer.config import Config, ConfigError
 from trainer.distributed import World
 from trainer.engine import Engine, build_model
 
-FAST, PLAIN, OTHER_SEED = "optimised", "plain eager float32", "plain eager float32, another seed"
-FLOAT8 = "optimised, float8 linear layers"
-COLOURS = {FAST: charts.ACCENT, FLOAT8: "#d9822b", PLAIN: "#222222", OTHER_SEED: charts.PLAIN}
+FAST, PLAIN, FLOAT8 = "optimised", "plain eager float32", "optimised, float8 linear layers"
+SEEDS = "plain eager float32, two seeds"
+COLOURS = {FAST: charts.ACCENT, FLOAT8: "#d9822b", PLAIN: charts.PLAIN}
 SMOOTH = 25  # steps of a mean
 LAST = 100  # steps that the end of a curve is
 WARM_UP_SHARE = 0.1  # of the schedule, which ends with the last step
+
+Curves = Mapping[str, list[list[float]]]  # the losses of each kind of step, a list a seed
 
 
 @dataclass(frozen=True)
 class Parity:
     """Loss curves of the optimised and the plain step on the same batches."""
 
-    common: Common = field(default_factory=lambda: Common(images=2048, rounds=1))
+    common: Common = field(default_factory=lambda: Common(images=2048, rounds=5))
     preset: str = ""
     """Of train_ddp.py; empty: vit-s-300ep on a GPU, demo on the CPU."""
     batch_size: int | None = None
@@ -66,9 +73,7 @@ class Parity:
 def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> Result:
     """Run all side by side, on each batch in turn."""
     common, cuda = flags.common, device.type == "cuda"
-    steps = 20 if common.quick else flags.steps
-    if common.rounds != 1:
-        raise ConfigError(f"--rounds {common.rounds}: every curve is run once")
+    steps, seeds = (20, min(common.rounds, 2)) if common.quick else (flags.steps, common.rounds)
     if steps < SMOOTH and not common.quick:
         raise ConfigError(f"--steps {flags.steps} is too small for means of {SMOOTH} steps; use {SMOOTH} or more")
     started, env = now(), environment(device)
@@ -89,8 +94,8 @@ def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> R
     config = configuration.replace(config, epochs=epochs, warmup_epochs=warm_up)
     threads = common.threads
     with side_by_side():
-        curves = train(config, device, images, steps, threads, progress, flags.float8)
-    notes = [verdict(curves, name) for name in (FAST, FLOAT8) if name in curves]
+        curves = train(config, device, images, steps, seeds, threads, progress, flags.float8)
+    notes = [verdict(curves, name) for name in curves if name != PLAIN]
     if flags.float8 and not multiplies_float8(device):
         notes.append("Float8 is emulated here: values are rounded to it, and the products are those of float32.")
     return Result(
@@ -103,14 +108,16 @@ def measure_parity(flags: Parity, device: torch.device, progress: Progress) -> R
             **{key: value for key, value in config.flags().items() if key not in ("data", "out", "resume")},
             "float8": flags.float8,
             "steps": steps,
-            "rounds": common.rounds,
+            "rounds": seeds,
             "data": "generated" if common.data is None else common.data.name,
             "files": describe(images),
         },
         warm_up="none: the first step counts",
         measurements=tuple(summary(curves)),
         notes=tuple(notes),
-        settings={name: {"loss": [round(value, 5) for value in curve]} for name, curve in curves.items()},
+        settings={
+            name: {"loss": [[round(value, 5) for value in curve] for curve in runs]} for name, runs in curves.items()
+        },
     )
 
 
@@ -119,37 +126,41 @@ def train(
     device: torch.device,
     images: DatasetIndex,
     steps: int,
+    seeds: int,
     threads: int,
     progress: Progress,
     float8: bool = False,
-) -> dict[str, list[float]]:
-    """The losses of every step of the runs."""
-    models = {FAST: build_model(config)}
+) -> dict[str, list[list[float]]]:
+    """The losses of every step of the runs, on the batches of the first seed."""
+    configs = [configuration.replace(config, seed=config.optim.seed + seed) for seed in range(seeds)]
+
+    def engine(config: Config, model: MoCoV3) -> Engine:
+        return Engine(config, World(), device, images, model, threads)
+
+    fast = {FAST: [engine(each, build_model(each)) for each in configs]}
     if float8:
-        models[FLOAT8] = float8_blocks(build_model(config), device)
-    fast = {name: Engine(config, World(), device, images, model, threads) for name, model in models.items()}
-    plain = {
-        name: ReferenceStep(configuration.replace(config, seed=seed), device, Changes(amp="off", no_host_wait=True))
-        for name, seed in {PLAIN: config.optim.seed, OTHER_SEED: config.optim.seed + 1}.items()
-    }
-    losses: dict[str, list[torch.Tensor]] = {name: [] for name in (*fast, *plain)}
-    engine = fast[FAST]
+        fast[FLOAT8] = [engine(each, float8_blocks(build_model(each), device)) for each in configs]
+    plain = [ReferenceStep(each, device, Changes(amp="off", no_host_wait=True)) for each in configs]
+    losses: dict[str, list[list[Tensor]]] = {name: [[] for _ in configs] for name in (*fast, PLAIN)}
+    leading = fast[FAST][0]
     progress.expect(steps)
     try:
-        while engine.step < steps:
-            for batch in engine.loader:
-                progress.part(f"step of each: loss {float(losses[FAST][-1]):.3f}" if losses[FAST] else "step of each")
-                for name, each in fast.items():
-                    losses[name].append(each.train_step(batch.views))
-                for name, step in plain.items():
+        while leading.step < steps:
+            for batch in leading.loader:
+                seen = losses[FAST][0]
+                progress.part(f"step of each: loss {float(seen[-1]):.3f}" if seen else "step of each")
+                for name, engines in fast.items():
+                    for curve, each in zip(losses[name], engines, strict=True):
+                        curve.append(each.train_step(batch.views))
+                for curve, step in zip(losses[PLAIN], plain, strict=True):
                     views = [step.prepared(view) for view in batch.views]
-                    loss = step.train_step(views[0], views[1], engine.lr, engine.momentum)
-                    losses[name].append(torch.as_tensor(loss))
-                if engine.step == steps:
+                    loss = step.train_step(views[0], views[1], leading.lr, leading.momentum)
+                    curve.append(torch.as_tensor(loss))
+                if leading.step == steps:
                     break
     finally:
-        engine.loader.close()
-    return {name: torch.stack(values).float().tolist() for name, values in losses.items()}
+        leading.loader.close()
+    return {name: torch.stack([torch.stack(run) for run in runs]).float().tolist() for name, runs in losses.items()}
 
 
 def smoothed(curve: Sequence[float]) -> NDArray[np.float64]:
@@ -158,54 +169,74 @@ def smoothed(curve: Sequence[float]) -> NDArray[np.float64]:
     return np.convolve(curve, np.ones(width) / width, mode="valid")
 
 
-def summary(curves: dict[str, list[float]]) -> list[Measurement]:
-    """Ends of the curves, and their distance from the plain one's."""
-    found = [
-        Measurement(
-            "loss", name, f"mean of the last {len(curve[-LAST:])} steps", (float(np.mean(curve[-LAST:])),), "neither"
-        )
-        for name, curve in curves.items()
-    ]
-    for name in (name for name in curves if name != PLAIN):
-        gap = np.abs(smoothed(curves[name]) - smoothed(curves[PLAIN]))
-        group = f"distance from {PLAIN}, means of {min(SMOOTH, len(curves[name]))} steps"
-        found += [
-            Measurement(group, name, "average", (float(gap.mean()),), "lower"),
-            Measurement(group, name, "largest", (float(gap.max()),), "lower"),
-        ]
+def summary(curves: Curves) -> list[Measurement]:
+    """Ends of the curves, and how far apart they are: a value a seed, between seeds a value a pair of them."""
+    steps = len(curves[PLAIN][0])
+    end = f"mean of the last {min(LAST, steps)} steps"
+    found = [Measurement("loss", name, end, tuple(ends(runs)), "neither") for name, runs in curves.items()]
+    pairs = {name: list(zip(runs, curves[PLAIN], strict=True)) for name, runs in curves.items() if name != PLAIN}
+    pairs[SEEDS] = list(combinations(curves[PLAIN], 2))
+    for name, both in pairs.items():
+        gaps = [np.abs(smoothed(one) - smoothed(other)) for one, other in both]
+        if gaps:
+            group = f"distance from {PLAIN}, means of {min(SMOOTH, steps)} steps"
+            found += [
+                Measurement(group, name, "average", tuple(float(gap.mean()) for gap in gaps), "lower"),
+                Measurement(group, name, "largest", tuple(float(gap.max()) for gap in gaps), "lower"),
+            ]
     return found
 
 
-def verdict(curves: dict[str, list[float]], name: str = FAST) -> str:
-    """Whether that curve is nearer to the plain one than that of one other seed, which begins with other weights."""
-    ours, seeds = (np.abs(smoothed(curves[curve]) - smoothed(curves[PLAIN])).mean() for curve in (name, OTHER_SEED))
-    within = "within" if ours <= seeds else "beyond"
-    return (
-        f"{name}: over {len(curves[PLAIN])} steps the loss is {number(ours)} from the plain one on average, "
-        f"that of another seed is {number(seeds)}: {within} what separates two seeds."
-    )
+def ends(runs: Sequence[Sequence[float]]) -> list[float]:
+    """The mean loss of each run's last `LAST` steps."""
+    return [float(np.mean(run[-LAST:])) for run in runs]
+
+
+def verdict(curves: Curves, name: str = FAST) -> str:
+    """Whether the runs of that name end lower or higher than the plain ones of the same seeds."""
+    gaps = differences(ends(curves[name]), ends(curves[PLAIN]))
+    seeds = len(gaps)
+    said = f"{name}: at the end the loss minus that of {PLAIN} is {spread(estimate(gaps))}"
+    if seeds == 1:
+        return f"{said}, with one seed: not judged."
+    if min(gaps) <= 0 <= max(gaps):
+        return f"{said}, over {seeds} seeds: no difference shown."
+    side = "above" if gaps[0] > 0 else "below"
+    return f"{said}: {side} 0 with each of {seeds} seeds, as chance alone has it once in {2 ** (seeds - 1)}."
 
 
 def draw(result: Result) -> Figure:
-    """Smoothed losses above, what separates them from the plain one below."""
+    """Smoothed losses above, a line a run; below what separates the runs of each seed, and the plain one's of two."""
     chart, ((losses,), (gaps,)) = charts.figure(
         result,
         f"{result.subject}: amp {result.configuration['amp']}, compile {result.configuration['compile']}, and float32",
         [8, 6],
     )
-    curves = {name: result.settings[name]["loss"] for name in COLOURS if name in result.settings}
-    for name, curve in curves.items():
-        mean = smoothed(curve)
-        at = np.arange(len(mean)) + len(curve) - len(mean) + 1
-        losses.plot(range(1, len(curve) + 1), curve, color=COLOURS[name], alpha=0.15, linewidth=0.6)
-        losses.plot(at, mean, color=COLOURS[name], label=name, linewidth=1.5)
-        if name != PLAIN:
-            gaps.plot(at, mean - smoothed(curves[PLAIN]), color=COLOURS[name], label=f"{name} - plain", linewidth=1.5)
+    runs = {
+        name: [smoothed(curve) for curve in result.settings[name]["loss"]]
+        for name in COLOURS
+        if name in result.settings
+    }
+    plain = runs[PLAIN]
+    steps = len(result.settings[PLAIN]["loss"][0])
+    at = np.arange(len(plain[0])) + steps - len(plain[0]) + 1
+
+    def lines(axes: Axes, curves: Sequence[NDArray[np.float64]], colour: str, label: str) -> None:
+        for number, curve in enumerate(curves):
+            axes.plot(at, curve, color=colour, alpha=0.7, linewidth=1, label=label if number == 0 else None)
+
+    for name in reversed(runs):  # ours on top
+        lines(losses, runs[name], COLOURS[name], name)
+    lines(gaps, [a - b for a, b in combinations(plain, 2)], COLOURS[PLAIN], SEEDS)
+    for name in (name for name in reversed(runs) if name != PLAIN):
+        lines(
+            gaps, [one - other for one, other in zip(runs[name], plain, strict=True)], COLOURS[name], f"{name} - plain"
+        )
     gaps.axhline(0, color="#222222", linewidth=0.8)
     losses.set_ylabel("loss")
     gaps.set_ylabel("difference of the loss")
     for axes in (losses, gaps):
-        axes.set_xlabel(f"step (thick: mean of the last {min(SMOOTH, len(curves[PLAIN]))})", fontsize=9)
+        axes.set_xlabel(f"step (mean of the last {min(SMOOTH, steps)})", fontsize=9)
         axes.legend(fontsize=8)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

@@ -200,7 +200,7 @@ def test_an_experiment_that_fails_is_left_out_with_its_reason(result_of, monkeyp
         (MICROBATCH, ["--chunks", "0"], "--chunks 0"),
         (MICROBATCH, ["--chunks", "8", "--batch-size", "8"], "from 1 to 7, below"),
         (MICROBATCH, ["--batch-size", "0"], "--batch-size 0"),
-        (PARITY, ["--rounds", "2"], "--rounds 2"),
+        (PARITY, ["--rounds", "0"], "--rounds 0"),
         (VARIANTS, ["--batch-size", "0"], "--batch-size 0"),
         (STEP, ["--steps", "0"], "--steps 0"),
         (MICROBATCH, ["--preset", "r50-100ep"], "batch norm"),
