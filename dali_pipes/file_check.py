@@ -42,7 +42,7 @@ def check_file(path: str, level: Level = "header") -> FileCheck:
                 width, height = image.size
                 if image.format not in _TYPES:
                     return FileCheck(reason=f"{image.format} is not a type that the decoder reads")
-                if reason := _decoded_differently(image):
+                if reason := _decoded_differently(image, file):
                     return FileCheck(reason=reason)
                 if width * height > MOST_PIXELS:
                     return FileCheck(reason=f"{width} x {height} is over the limit of {MOST_PIXELS} pixels")
@@ -63,7 +63,7 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _decoded_differently(image: Image.Image) -> str:
+def _decoded_differently(image: Image.Image, file: BinaryIO) -> str:
     """What makes DALI read an image that Pillow reads with other pixels, or not at all; nothing for most."""
     if image.format == "TIFF":
         if image.mode not in ("L", "RGB", "RGBA", "CMYK"):
@@ -73,7 +73,21 @@ def _decoded_differently(image: Image.Image) -> str:
     tiles = getattr(image, "tile", None)
     if image.format == "PPM" and tiles and tiles[0][0] != "raw":
         return "a PPM or PGM as text or of an odd largest value, which the decoder reads otherwise"
+    if image.format == "WEBP" and _padded_before_exif(file):
+        return "a WebP with EXIF behind a part of odd length, which the decoder cannot read; save it without EXIF"
     return ""
+
+
+def _padded_before_exif(file: BinaryIO) -> bool:
+    """Whether a WebP's EXIF stands behind a chunk of odd length: nvImageCodec 0.9 does not skip the byte after that."""
+    place = file.tell()
+    file.seek(12)
+    chunks = []
+    while len(head := file.read(8)) == 8 and head[:4] != b"EXIF":
+        chunks.append(int.from_bytes(head[4:], "little"))
+        file.seek(chunks[-1] + chunks[-1] % 2, os.SEEK_CUR)
+    file.seek(place)
+    return head[:4] == b"EXIF" and any(size % 2 for size in chunks)
 
 
 def _ends(file: BinaryIO, size: int, kind: str) -> bool:

@@ -25,6 +25,7 @@ from dali_pipes.scan_cache import Looks, ScanCache, default_file, joined, split,
 Pathlike = str | os.PathLike[str]
 
 _BESIDE = "lies beside the class folders and so is of no class; move it into one"
+_BEFORE = "was set aside at first, and stays so"
 READERS = 16  # threads: most of the work is waiting for the disk
 CALLS = 1000  # of a progress, about
 LARGEST_PORTION = 256  # files that a thread takes at once: what it has not done with at a Ctrl-C is lost
@@ -123,16 +124,29 @@ class DatasetIndex:
         same = self.classes == other.classes or self.classes == numbers == other.classes[: len(numbers)]
         return bool(self.classes) and same
 
-    def lost(self, now: "DatasetIndex") -> list[int] | None:
-        """Rows that a later scan of the tree does not have as they were; None if the two differ in anything else."""
+    def found_again(self, now: "DatasetIndex") -> tuple["DatasetIndex", list[int]] | None:
+        """These rows in a later scan of the tree, and which of them it does not have as they were.
+
+        What was set aside at first and can be used by now is no row of either. The first index is this one, with the
+        file sizes of now, and with all that was set aside, then or now or lost since. None if there are other images
+        besides, or other labels.
+        """
         if self.classes != now.classes:
             return None
         found = {name: row for row, name in enumerate(now.names)}
         rows = np.array([found.pop(name, -1) for name in self.names], np.int64)
-        if found or (now.labels[rows] != self.labels)[rows >= 0].any():
+        there = rows >= 0
+        before, reasons = dict(self.rejected), dict(now.rejected)
+        if (now.labels[rows] != self.labels)[there].any() or any(now.path(row) not in before for row in found.values()):
             return None
-        same = (rows >= 0) & (now.widths[rows] == self.widths) & (now.heights[rows] == self.heights)
-        return np.flatnonzero(~same).tolist()
+        same = there & (now.widths[rows] == self.widths) & (now.heights[rows] == self.heights)
+        lost = np.flatnonzero(~same).tolist()
+        for row in lost:
+            reasons.setdefault(self.path(row), "another image than before" if there[row] else "no longer there")
+        for path, reason in before.items():
+            reasons.setdefault(path, reason if reason.startswith(_BEFORE) else f"{_BEFORE} ({reason})")
+        sizes = np.where(there, now.file_sizes[rows], self.file_sizes)
+        return replace(self, file_sizes=sizes, rejected=list(reasons.items())), lost
 
     def without(self, rows: Collection[int]) -> "DatasetIndex":
         """A copy that lacks these rows."""
@@ -151,10 +165,11 @@ class DatasetIndex:
 
     def save(self, file: Pathlike) -> None:
         """Writes the index as an .npz file, in one move; paths are kept relative to the tree."""
+        aside = [(path.removeprefix(self._prefix), reason) for path, reason in self.rejected]
         text = {
             "tree": str(self.tree.absolute()),
             "classes": self.classes,
-            "rejected": self.rejected,
+            "rejected": aside,
             "outside": any(map(leaves, self.names)),
         }
         with replacing(Path(file)) as stream:
@@ -180,17 +195,18 @@ class DatasetIndex:
         try:
             with zipfile.ZipFile(file) as archive:
                 text = json.loads(_column(archive, "text", np.uint8).tobytes())
+                tree = Path(text["tree"] if tree is None else tree)
                 labels = _column(archive, "labels", np.int64)
                 sized = "file_sizes.npy" in archive.namelist()
                 index = cls(
-                    tree=Path(text["tree"] if tree is None else tree),
+                    tree=tree,
                     names=split(_column(archive, "names", np.uint8)),
                     labels=labels,
                     widths=_column(archive, "widths", np.int32),
                     heights=_column(archive, "heights", np.int32),
                     file_sizes=_column(archive, "file_sizes", np.int64) if sized else np.zeros_like(labels),
                     classes=tuple(text["classes"]),
-                    rejected=[(path, reason) for path, reason in text["rejected"]],
+                    rejected=[(os.path.join(tree, path), reason) for path, reason in text["rejected"]],
                 )
                 _check(index, bool(text["outside"]))
         except FileNotFoundError:

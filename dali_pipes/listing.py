@@ -1,8 +1,10 @@
 """Which files a dataset consists of, and their labels: a tree of class folders, a flat folder, or a list file."""
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,17 @@ def validation_tree(data: Path) -> Path | None:
     return val if training_tree(data) != data and val.is_dir() else None
 
 
+def beside_training_tree(data: Path) -> list[str]:
+    """Folders beside a train/, with its val/ and hidden ones left out: maybe train is a class as well."""
+    if training_tree(data) == data:
+        return []
+    with suppress(OSError):
+        return sorted(
+            e.name for e in os.scandir(data) if e.is_dir() and e.name not in ("train", "val") and e.name[0] != "."
+        )
+    return []
+
+
 def leaves(name: str) -> bool:
     """Whether a name relative to a folder is of something outside of it."""
     return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
@@ -71,7 +84,7 @@ def listing(path: Path, outside: bool = False) -> Listing:
 def _tree(root: Path) -> Listing:
     classes: list[str] = []
     files: list[tuple[str, int]] = []
-    for name in sorted(e.name for e in os.scandir(root) if e.is_dir() and not _leads_up(str(root), e.name)):
+    for name in sorted(e.name for e in os.scandir(root) if _is_folder(e) and not _leads_up(str(root), e.name)):
         before = len(files)
         for folder, found in sorted(_folders(str(root / name))):
             inside = os.path.relpath(folder, root)
@@ -79,7 +92,7 @@ def _tree(root: Path) -> Listing:
         # Where ImageFolder refuses an empty folder, it is a class that may have lost its files; a hidden one, a tool's.
         if len(files) > before or not name.startswith("."):
             classes.append(name)
-    flat = _images(entry.name for entry in os.scandir(root) if not entry.is_dir())
+    flat = _images(entry.name for entry in os.scandir(root) if not _is_folder(entry))
     if files:
         return Listing(root, tuple(classes), [name for name, _ in files], [label for _, label in files], tuple(flat))
     return Listing(root, (), flat, [0] * len(flat))
@@ -92,13 +105,23 @@ def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
         yield folder, files
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return False
+        raise DatasetError(f"{entry.path}: cannot be looked at: {error.strerror}") from None
+
+
 def _leads_up(folder: str, name: str) -> bool:
-    """Whether it is a link to the folder that it lies in, or to one above that."""
+    """Whether it is a link to the folder that it lies in, or to one above that, or to one that led here by a link."""
     path = os.path.join(folder, name)
     if not os.path.islink(path):
         return False
-    real, target = os.path.realpath(folder), os.path.realpath(path)
-    return os.path.commonpath([real, target]) == target
+    target, here = os.path.realpath(path), Path(folder)
+    way = [os.path.realpath(each) for each in (here, *here.parents)]
+    return any(os.path.commonpath([real, target]) == target for real in way)
 
 
 def _unlisted(error: OSError) -> None:

@@ -18,7 +18,7 @@ from dali_pipes.file_check import FileCheck, Level
 from dali_pipes.replacing import replacing
 
 Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds since 1970
-_VERSION = 5  # of the format, and of what makes `check_file` reject
+_VERSION = 6  # of the format, and of what makes `check_file` reject
 # A file that changed so short before it was looked at could change again within the same tick of its disk's clock.
 _SETTLED = 2_000_000_000  # nanoseconds; the coarsest clock, FAT's, ticks every two seconds
 _UNKNOWN = (-1, -1)  # stands for the stamp of what is not to be remembered
@@ -42,7 +42,8 @@ class Looks:
     def of(cls, looks: Sequence[tuple[Stamp | None, FileCheck]]) -> "Looks":
         """Each file's stamp before it was looked at, None if there is no file, and what was found."""
         # A file that cannot be used is looked at each time: mended, it may have the size and the time that it had.
-        kept = [now if now is not None and not check.reason else _UNKNOWN for now, check in looks]
+        # Nor is one whose time the column does not hold, of the year 2262 and later.
+        kept = [now if now is not None and not check.reason and now[1] < 2**63 else _UNKNOWN for now, check in looks]
         numbers = (
             [now[0] for now in kept],
             [now[1] for now in kept],
@@ -73,7 +74,7 @@ def stamp(path: str) -> Stamp | None:
     """Of the file itself, where the path is a link; None if there is none."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # no name at all, with a zero byte in it
         return None
     return status.st_size, status.st_mtime_ns
 

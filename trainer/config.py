@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,10 @@ class Config:
 
     def check(self, world_size: int) -> None:
         """Raise `ConfigError` for values that cannot work, before anything is built."""
+        if (name := os.fsencode(self.run.out)) != str(self.run.out).encode(errors="replace"):
+            raise ConfigError(
+                f"--out {name.decode(errors='replace')} is no UTF-8, which TensorBoard asks for; rename it"
+            )
         batch = self.optim.batch_size
         if batch < 2:
             raise ConfigError(f"--batch-size {batch}: the contrastive loss needs at least 2 images a step")

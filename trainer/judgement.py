@@ -12,6 +12,7 @@ import torch
 
 from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.replacing import write_atomically
+from dali_pipes.stream import LoaderOutOfMemory
 from trainer.config import Config
 from trainer.engine import Engine, autocast
 from trainer.eval_reader import EvalReader
@@ -87,8 +88,9 @@ class Judge:
     def _measure(self, bank: DatasetIndex, queries: DatasetIndex) -> float | None:
         try:
             return self._accuracy(bank, queries)
-        except torch.OutOfMemoryError:
-            self.display.say("no k-NN accuracy: the features of the whole dataset do not fit into memory")
+        except torch.OutOfMemoryError as error:
+            what = "the images of a batch" if isinstance(error, LoaderOutOfMemory) else "the whole dataset's features"
+            self.display.say(f"no k-NN accuracy: {what} do not fit into memory")
             return None
         except (DatasetError, FloatingPointError) as error:
             self.display.say(f"no k-NN accuracy: {error}")

@@ -16,7 +16,7 @@ from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.augment import missing_c_compiler, why_not_fused
 from dali_pipes.counting import scan_shown
 from dali_pipes.failures import tolerated
-from dali_pipes.listing import training_tree, validation_tree
+from dali_pipes.listing import beside_training_tree, training_tree, validation_tree
 from dali_pipes.replacing import write_atomically
 from model import MoCoV3
 from trainer import checkpoint, resume
@@ -83,8 +83,13 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
 
     tree, val_tree = training_tree(config.data.data), validation_tree(config.data.data)
     index = _scan(tree, display, config.data.outside)
+    if not index.classes and (others := beside_training_tree(config.data.data)):
+        display.say(
+            f"{tree} has images and no class folders; not read are {', '.join(others[:3])}{' …' * (len(others) > 3)} "
+            f"beside it. If train is a class like these, name a folder that holds {config.data.data} as its train/"
+        )
     origin = config.run.out if recorded is not None else config.run.resume and config.run.resume.parent
-    index, gone = _as_started(index, origin, config.data.max_failed, display) if origin else (index, [])
+    index, gone = _as_started(index, origin, config, display, recorded is not None) if origin else (index, [])
     val = _scan_val(val_tree, display, config.data.outside) if val_tree is not None and config.run.knn else None
     images = len(index)
     if config.optim.batch_size > images:
@@ -207,11 +212,17 @@ def _missing_compiler(device: torch.device) -> str | None:
     return None if any(map(shutil.which, names)) else f"C++ compiler ({' or '.join(names)}) on the PATH"
 
 
-def _as_started(now: DatasetIndex, origin: Path, most: int | None, display: Display) -> tuple[DatasetIndex, list[int]]:
+def _as_started(
+    now: DatasetIndex, origin: Path, config: Config, display: Display, bound: bool
+) -> tuple[DatasetIndex, list[int]]:
     """The index of the run in `origin` and its rows that went bad since, if they are few and nothing else changed.
 
     Without it a run that outlived a bad file could not be continued: a new scan sets the file aside, and so has other
-    rows. An index that differs more is returned as it is, and refused by its fingerprint.
+    rows; as has one that finds a file mended. An index that differs more is returned as it is, and refused by its
+    fingerprint.
+
+    Raises:
+        ConfigError: more went bad than may, in a run that this one is `bound` to be.
     """
     file = origin / TRAIN_INDEX
     if not file.exists():
@@ -222,11 +233,21 @@ def _as_started(now: DatasetIndex, origin: Path, most: int | None, display: Disp
         raise ConfigError(
             f"{file} is damaged; restore it, or remove it: without it a run goes on only if no image went bad since"
         ) from None
-    gone = started.lost(now)
-    if not gone or len(gone) > (tolerated(len(started)) if most is None else most):
+    again = started.found_again(now)
+    if again is None:
         return now, []
-    display.say(f"{len(gone)} images went bad since the run started, first {started.path(gone[0])}; others stand in")
-    return started, gone
+    index, gone = again
+    if not gone:
+        return index, []
+    most = tolerated(len(index)) if config.data.max_failed is None else config.data.max_failed
+    path = index.path(gone[0])
+    bad = f"{len(gone)} images went bad since the run started, first {path}: {dict(index.rejected)[path]}"
+    if len(gone) <= most:
+        display.say(f"{bad}; others stand in")
+        return index, gone
+    if bound and len(gone) <= len(index) // 2:  # else it is another dataset with the same names
+        raise ConfigError(f"{bad}; at most {most} may: restore them, or go on with --max-failed {len(gone)}")
+    return now, []
 
 
 def _scan_val(tree: Path, display: Display, outside: bool) -> DatasetIndex | None:

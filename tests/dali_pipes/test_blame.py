@@ -82,6 +82,15 @@ def test_a_disk_that_was_away_for_a_moment_costs_no_image(index, undisturbed, mo
     assert loader.failed == []
 
 
+def test_with_one_image_a_batch_the_disk_is_waited_for_as_well(index, monkeypatch):
+    away = index.tree.with_name("away")
+    index.tree.rename(away)
+    monkeypatch.setattr("dali_pipes.failures.time.sleep", lambda seconds: away.rename(index.tree))
+    loader = make(index, batch_size=1)
+    assert len(copied(loader)) == COUNT
+    assert loader.failed == []
+
+
 def test_a_disk_that_stays_away_ends_the_run_without_blame(index, undisturbed, monkeypatch):
     monkeypatch.setattr("dali_pipes.failures.time.sleep", lambda seconds: None)
     loader, _ = reader(index, undisturbed, 2)

@@ -5,12 +5,14 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dali_pipes import DatasetIndex
+from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes.graph import decode
 from tests.dali_pipes.odd_files import BAD, GOOD, encoded, picture, write_odd_files
 
 
@@ -72,6 +74,26 @@ def test_too_many_pixels(tmp_path):
     assert index.names == ["good.png"]
     assert "10000 x 9000 is over the limit" in index.rejected[0][1]
     assert "exceeds limit" in index.rejected[1][1]
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"icc_profile": b"x" * 301}, {"icc_profile": b"x" * 302}, {}])
+def test_a_webp_with_exif_is_read_or_set_aside(options, tmp_path):
+    exif = Image.Exif()
+    exif[271] = "a camera"
+    for seed in range(12):
+        (tmp_path / f"{seed:02d}.webp").write_bytes(encoded(picture(seed), "WEBP", exif=exif, **options))
+    readable = []
+    for path in sorted(tmp_path.glob("*.webp")):
+        with suppress(RuntimeError):
+            decode([str(path)])
+            readable.append(path.name)
+    if not readable:
+        with pytest.raises(DatasetError, match="a WebP with EXIF behind a part of odd length"):
+            DatasetIndex.scan(tmp_path)
+        return
+    index = DatasetIndex.scan(tmp_path)
+    assert index.names == readable
+    assert all("a WebP with EXIF behind a part of odd length" in reason for _, reason in index.rejected)
 
 
 def test_a_pipe_is_not_waited_for(tree):

@@ -63,18 +63,46 @@ def test_progress_counts_up_to_all_files(photos, tree):
 
 def test_what_a_later_scan_has_lost(tree):
     index = DatasetIndex.scan(tree)
-    assert index.lost(index) == []
+    assert index.found_again(index) is not None
     (tree / "a" / "y.jpg").unlink()
     (tree / "b" / "2.jpg").write_bytes(encoded(picture(0, 9, 9), "JPEG"))
     (tree / "B" / "z.webp").write_bytes(b"")
+    (tree / "a" / "x.JPEG").write_bytes(encoded(picture(3, 43, 50), "JPEG") + b"more")
     now = DatasetIndex.scan(tree)
-    lost = index.lost(now)
-    assert lost is not None
+    found = index.found_again(now)
+    assert found is not None
+    again, lost = found
+    assert again.fingerprint == index.fingerprint
     assert sorted(index.names[row] for row in lost) == ["B/z.webp", "a/y.jpg", "b/2.jpg"]
-    assert index.without(lost).names == [name for row, name in enumerate(index.names) if row not in lost]
+    reasons = {os.path.relpath(path, tree): reason for path, reason in again.rejected}
+    assert reasons["a/y.jpg"] == "no longer there"
+    assert reasons["b/2.jpg"] == "another image than before"
+    assert reasons["B/z.webp"] == "empty file"
+    kept = [row for row in range(len(index)) if row not in lost]
+    assert [again.file_sizes[row] for row in kept] == [os.path.getsize(again.path(row)) for row in kept]
+    assert index.without(lost).names == [index.names[row] for row in kept]
     assert len(index.without(lost).labels) == len(index) - 3
     (tree / "a" / "new.jpg").write_bytes(encoded(picture(0), "JPEG"))
-    assert index.lost(DatasetIndex.scan(tree)) is None  # not only lost
+    assert index.found_again(DatasetIndex.scan(tree)) is None  # not only lost
+
+
+def test_what_was_set_aside_and_is_mended_stays_out(tree, tmp_path):
+    bad = tree / "a" / "bad.jpg"
+    bad.write_bytes(b"")
+    index = DatasetIndex.scan(tree)
+    index.save(tmp_path / "index.npz")
+    moved = tree.rename(tmp_path / "moved")
+    (moved / "a" / "bad.jpg").write_bytes(encoded(picture(0), "JPEG"))
+    for _ in range(2):  # the second time it is known from what the first one saved
+        now = DatasetIndex.scan(moved)
+        found = DatasetIndex.load(tmp_path / "index.npz", tree=moved).found_again(now)
+        assert found is not None
+        again, lost = found
+        assert (again.fingerprint, lost) == (index.fingerprint, [])
+        assert now.fingerprint != index.fingerprint
+        said = dict(again.rejected)[str(moved / "a" / "bad.jpg")]
+        assert said == "was set aside at first, and stays so (empty file)"
+        again.save(tmp_path / "index.npz")
 
 
 def test_saved_and_loaded(tree, tmp_path):

@@ -47,6 +47,25 @@ def test_a_link_back_up_is_not_followed(tree):
     assert DatasetIndex.scan(tree).names == before
 
 
+def test_links_that_lead_in_circles_give_each_image_once_a_way(tmp_path):
+    folders = "abc"
+    for seed, name in enumerate(folders):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "image.jpg").write_bytes(encoded(picture(seed), "JPEG"))
+        for other in folders.replace(name, ""):
+            (tmp_path / name / other).symlink_to(f"../{other}")
+    ways = ["image.jpg", "b/image.jpg", "b/c/image.jpg", "c/image.jpg", "c/b/image.jpg"]
+    index = DatasetIndex.scan(tmp_path)
+    assert index.classes == tuple(folders)
+    assert sorted(name for name in index.names if name.startswith("a/")) == sorted(f"a/{way}" for way in ways)
+
+
+def test_a_link_to_itself_is_no_folder(tree):
+    before = DatasetIndex.scan(tree).fingerprint
+    (tree / "loop").symlink_to("loop")
+    assert DatasetIndex.scan(tree).fingerprint == before
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

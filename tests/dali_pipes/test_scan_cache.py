@@ -117,6 +117,14 @@ def test_a_file_that_was_restored_with_its_size_and_time_is_seen(tree):
     assert "class0/0.jpg" in DatasetIndex.scan(tree).names
 
 
+def test_a_file_of_a_far_future_is_looked_at_each_time(tree, opened):
+    os.utime(tree / "class0" / "0.jpg", ns=(0, 10**19))  # the year 2286
+    names = DatasetIndex.scan(tree).names
+    opened()
+    assert DatasetIndex.scan(tree).names == names
+    assert "0.jpg" in opened()
+
+
 def test_every_odd_file_has_its_reason_again(tmp_path, pictures):
     write_odd_files(tmp_path / "odd", pictures[0].resize((96, 64)))
     for path in (tmp_path / "odd").iterdir():

@@ -105,15 +105,59 @@ def test_a_new_folder_goes_on_from_a_checkpoint_of_such_a_run(train, data, tmp_p
 def test_more_missing_images_than_may_fail_are_other_images(train, data, capsys):
     flags = ["--no-knn", "--data", data, "--batch-size", 4]
     assert train(*flags, "--max-steps", 1) == 0
-    for path in sorted((data / "train").rglob("*.jpg"))[:11]:  # ten are tolerated in a small dataset
+    victims = sorted((data / "train").rglob("*.jpg"))[:11]  # ten are tolerated in a small dataset
+    for path in victims:
         path.unlink()
     assert train(*flags) == 2
-    assert "the images are others" in capsys.readouterr().err
+    said = f"11 images went bad since the run started, first {victims[0]}: no longer there; at most 10 may"
+    assert said in capsys.readouterr().err
     assert train(*flags, "--max-failed", 11, "--max-steps", 2) == 0
     assert train(*flags, "--max-failed", 3) == 2
     capsys.readouterr()
     assert train(*flags, "--max-failed", -1) == 2
     assert "--max-failed -1 is negative" in capsys.readouterr().err
+
+
+def test_a_file_that_was_set_aside_may_be_mended(train, data, losses, tmp_path, capsys):
+    victim = sorted((data / "train").rglob("*.jpg"))[7]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    flags = ["--no-knn", "--data", data]
+    assert train(*flags, out="undisturbed") == 0
+    assert train(*flags, "--max-steps", 4) == 0
+    victim.write_bytes(whole)
+    assert train(*flags, "--max-steps", 6) == 0
+    Path(DatasetIndex.scan(data / "train").paths[30]).touch()
+    assert train(*flags) == 0
+    assert losses() == losses("undisturbed")
+    assert (
+        (tmp_path / "run" / "set_aside.txt").read_text().startswith(f"{victim}: was set aside at first, and stays so")
+    )
+
+
+def test_files_that_another_program_wrote_anew_are_those_of_the_run(train, data, tmp_path, capsys):
+    """Their sizes are others, their pixels not: no reason to fail them, also when an image is gone besides."""
+    flags = ["--no-knn", "--data", data]
+    assert train(*flags, "--max-steps", 4) == 0
+    images = sorted((data / "train").rglob("*.jpg"))
+    for path in images:
+        path.write_bytes(path.read_bytes() + b"more")
+    images[7].unlink()
+    assert train(*flags) == 0
+    assert len(failed_in(tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "set_aside.txt").read_text() == f"{images[7]}: no longer there\n"
+
+
+def test_a_class_called_train_is_not_taken_for_all_without_a_word(train, data, tmp_path, capsys):
+    assert train("--no-knn", "--data", data / "train", out="whole") == 0
+    assert "no class folders" not in capsys.readouterr().out
+    first = sorted((data / "train").iterdir())[0]
+    for path in sorted((data / "train").rglob("*.jpg")):
+        shutil.copy(path, first / f"{path.parent.name}{path.name}")
+    first.rename(first.with_name("train"))
+    assert train("--no-knn", "--data", data / "train") == 0
+    others = [folder.name for folder in sorted((data / "train").iterdir()) if folder.name != "train"]
+    assert f"has images and no class folders; not read are {', '.join(others[:3])} … beside" in capsys.readouterr().out
 
 
 def test_too_many_bad_files_stop_the_run_with_one_line(train, data, monkeypatch, capsys):

@@ -34,6 +34,12 @@ def test_missing_data_folder(refused, tmp_path):
     assert str(tmp_path / "nowhere") in refused("--data", tmp_path / "nowhere")
 
 
+def test_a_name_that_tensorboard_cannot_take(train, tmp_path, capsys):
+    assert train(out="n\udcffme") == 2
+    assert "is no UTF-8, which TensorBoard asks for; rename it" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_empty_data_folder(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refused("--data", tmp_path / "empty")
