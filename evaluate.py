@@ -5,11 +5,14 @@ own, `--run-path`.
 """
 
 import dataclasses
+import fcntl
+import glob
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -31,7 +34,8 @@ from trainer.checkpoint import NO_MEMORY
 from trainer.config import ConfigError
 from trainer.distributed import World, choose_device, gathered, join
 from trainer.engine import build_model
-from trainer.evaluation_commands import Command, Evaluation, Finetune, Knn
+from trainer.evaluation_commands import Command, Evaluation, Finetune, Knn, Linear
+from trainer.evaluation_file import UNFINISHED, WEIGHTS
 from trainer.evaluator import Evaluator, tunable
 from trainer.export import TrainedRun, open_run
 
@@ -51,9 +55,9 @@ class Found:
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit code: 0 done, 2 wrong use. Under torchrun an error is printed once."""
-    world = World.from_environment()
     try:
-        return _main(list(argv), world)
+        with ExitStack() as stack:
+            return _main(list(argv), World.from_environment(), stack)
     except (ConfigError, DatasetError) as error:
         return _report(error)
     except KeyboardInterrupt:
@@ -64,13 +68,13 @@ def main(argv: Sequence[str]) -> int:
         return _report(error)
 
 
-def _main(argv: list[str], world: World) -> int:
+def _main(argv: list[str], world: World, stack: ExitStack) -> int:
     if {"-h", "--help"} & set(argv):
         _parse(argv, quiet=world.rank > 0)  # every rank ends here, with exit code 0
     store = world.store()
     found: Found | None = None
     if world.rank == 0:
-        found = handover.lead(store, READY, lambda: _find(argv, world), lambda each: str(each.run.file), _report)
+        found = handover.lead(store, READY, lambda: _find(argv, world, stack), lambda each: str(each.run.file), _report)
         if found is None:
             return 2
         command = found.command
@@ -130,8 +134,8 @@ def _parse(argv: list[str], quiet: bool = False) -> Evaluation:
     )
 
 
-def _find(argv: list[str], world: World) -> Found:
-    """For rank 0: everything that can be found out before ranks meet.
+def _find(argv: list[str], world: World, stack: ExitStack) -> Found:
+    """For rank 0: everything that can be found out before ranks meet. The result's files are ours until `stack` ends.
 
     Raises:
         ConfigError, DatasetError: what is wrong and how to mend it; nothing was written.
@@ -143,6 +147,13 @@ def _find(argv: list[str], world: World) -> Found:
     for warning in run.warnings:
         print(f"warning: {warning}; taking the one before")
     train, val = _scan(command.data, command.outside)
+    for index in (train, val):
+        if len(index) < world.size:
+            raise ConfigError(f"{index.tree} has {len(index)} images, too few for {world.size} ranks")
+    if isinstance(command, (Linear, Finetune)) and command.batch_size > len(train):
+        raise ConfigError(
+            f"--batch-size {command.batch_size}, but {train.tree} has {len(train)} images; use at most {len(train)}"
+        )
     if not run.file.exists():  # a run that is still training: by now it has a newer one
         run = open_run(command.run)
     _check_output(command)
@@ -152,11 +163,34 @@ def _find(argv: list[str], world: World) -> Found:
     output = command.result(".json")
     try:  # before hours of work, not after
         output.parent.mkdir(exist_ok=True)
+        stack.enter_context(_claimed(command))
         with NamedTemporaryFile(prefix=f"{output.name}.", suffix=PART, dir=output.parent):
             pass
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
     return Found(command, run, train, val)
+
+
+@contextmanager
+def _claimed(command: Evaluation) -> Iterator[None]:
+    """Keep other processes from making the same result; halves of files that a killed one left are removed.
+
+    Raises:
+        ConfigError: one is at it.
+    """
+    output = command.result(".json")
+    with open(output.with_name(f".{output.stem}.lock"), "ab") as lock:
+        endings: tuple[str, ...] = (".json", WEIGHTS, UNFINISHED)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{output} is being made by another process; give this one another --name") from None
+        except OSError:  # a filesystem without locks: they may be another's
+            endings = ()
+        for ending in endings:
+            for half in output.parent.glob(f"{glob.escape(command.result(ending).name)}.*{PART}"):
+                half.unlink(missing_ok=True)
+        yield
 
 
 def _check_output(command: Evaluation) -> None:
@@ -166,7 +200,7 @@ def _check_output(command: Evaluation) -> None:
         before = Path(json.loads(output.read_text())["flags"]["data"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
         return
-    if before.absolute() != command.data.absolute():
+    if before.resolve() != command.data.resolve():
         raise ConfigError(f"{output} is of --data {before}; give this one another --name")
 
 
@@ -219,6 +253,7 @@ def _evaluate(
         "images": {"train": len(train), "val": len(val), "classes": len(train.classes)},
         "flags": {**flags, "data": command.data.absolute()},
         **result,
+        "set_aside": [f"{path}: {reason}" for index in (train, val) for path, reason in index.rejected],
         "failed": failed,
         "seconds": time.monotonic() - started,
         "ranks": world.size,
@@ -231,6 +266,8 @@ def _evaluate(
     except OSError as error:
         print(text, flush=True)
         raise ConfigError(f"{output} cannot be written: {error.strerror}; the result stands above") from None
+    with suppress(OSError):  # what is left of it does no harm
+        command.result(UNFINISHED).unlink(missing_ok=True)
     evaluator.say(f"file   {output}")
 
 

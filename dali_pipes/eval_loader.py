@@ -37,8 +37,8 @@ class EvalLoader:
     len(index) % world_size images at the end of the permutation sit out that epoch. `resize` has no meaning then.
 
     An image that passed the scan and cannot be used is reported once, by a line to `on_failed`, and left out; with
-    `train=True` another one stands in, so that the ranks' batches stay of one size. `failures.tolerated` says how many
-    may fail on each rank.
+    `train=True` another one stands in, so that the ranks' batches stay of one size. `max_failed` of a rank's may fail
+    (default: `failures.tolerated`).
 
     Each iteration starts at the beginning of a pass; the last batch may be smaller. With `train=True` call `set_epoch`
     before each pass, as with torch's DistributedSampler: without it every pass is the same.
@@ -62,6 +62,7 @@ class EvalLoader:
         seed: int = 0,
         num_threads: int = 4,
         jpeg_engine: bool = True,
+        max_failed: int | None = None,
         on_failed: Callable[[str], None] = warnings.warn,
     ) -> None:
         check_arguments(batch_size, rank, world_size, num_threads)
@@ -77,7 +78,7 @@ class EvalLoader:
         decoder = Decoder.of(index, device, batch_size, jpeg_engine)
         self._stream = Stream(self._plan, device, decoder, "float32", num_threads)
         consequence = "another image stands in" if train else "so it is left out"
-        self._salvager = Salvager(self._stream, self._plan, on_failed, consequence)
+        self._salvager = Salvager(self._stream, self._plan, on_failed, consequence, max_failed)
         self._epoch = 0
 
     def __len__(self) -> int:

@@ -41,6 +41,7 @@ class EvalReader:
                 device=str(self.device),
                 num_threads=self.threads,
                 jpeg_engine=self.data.jpeg_engine == "on",
+                max_failed=self.data.max_failed,
                 on_failed=self._report,
                 **options,
             )

@@ -1,4 +1,4 @@
-"""What `evaluate.py` has learned after each epoch, for the same command to go on with; in the end, the weights."""
+"""What `evaluate.py` has learned: after each epoch, for the same command to go on with; in the end, the weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from evaluation.accuracy import Accuracy, Done
 from trainer.distributed import World, gathered
 from trainer.saving import copy_aside
 
-FORMAT = 1
+FORMAT = 2
+WEIGHTS, UNFINISHED = ".pt", ".unfinished.pt"  # endings of the files, behind RUN/eval/NAME
 
 
 class Learner(Protocol):
@@ -23,11 +24,16 @@ class Learner(Protocol):
 
 
 class EvaluationFile:
-    """RUN/eval/NAME.pt: written by rank 0, read by all."""
+    """What an evaluation leaves beside its result: written by rank 0, read by all.
 
-    def __init__(self, file: Path, identity: dict[str, Any], world: World, warn: Callable[[str], None]) -> None:
-        """`identity`: of plain values, all that the result depends on; a file of another one is begun anew."""
-        self._file, self._identity, self._world, self._warn = file, identity, world, warn
+    What was learned before under the same name stays until this one has ended.
+    """
+
+    def __init__(
+        self, unfinished: Path, weights: Path, identity: dict[str, Any], world: World, warn: Callable[[str], None]
+    ) -> None:
+        """`identity`: of plain values, all that the result depends on; what is unfinished of another is begun anew."""
+        self._file, self._weights, self._identity, self._world, self._warn = unfinished, weights, identity, world, warn
 
     def go_on(self, learner: Learner) -> Done | None:
         """Give the learner the state that an interrupted evaluation left; returns what that one has come to.
@@ -46,32 +52,34 @@ class EvaluationFile:
         try:
             found = torch.load(self._file, map_location="cpu", weights_only=True)
             same = found["format"] == FORMAT and found["identity"] == self._identity
-            unfinished: dict[str, Any] | None = found["unfinished"]
+            unfinished: dict[str, Any] = found["unfinished"]
         except Exception as error:  # whatever bytes are in it: torch raises many types for what it cannot read
             self._say(f"{self._file} cannot be read ({type(error).__name__}); beginning anew")
             return None
-        if not same and unfinished is not None:
+        if not same:
             self._say(f"{self._file} was begun for another step, other images or flags; beginning anew")
         return unfinished if same else None
 
-    def save(self, learner: Learner, done: Done, ended: bool) -> None:
-        """After an epoch; what is only needed to go on is left out once the last one has ended.
+    def save(self, learner: Learner, done: Done) -> None:
+        """After an epoch. A file that cannot be written costs a warning: the result does not need it."""
+        unfinished = {**dataclasses.asdict(done), "state": learner.state_dict()}
+        content = {"format": FORMAT, "identity": self._identity, "unfinished": unfinished}
+        self._write(self._file, content, "after an interruption, this epoch is lost")
 
-        A file that cannot be written costs a warning: the result does not need it.
-        """
+    def save_weights(self, learner: Learner) -> None:
+        """After the last one, without what is only needed to go on; else as `save`."""
+        state = learner.state_dict()
+        content = {name: part for name, part in state.items() if name not in ("optimizer", "scaler")}
+        self._write(self._weights, {"format": FORMAT, "identity": self._identity, **content}, "the weights are lost")
+
+    def _write(self, file: Path, content: dict[str, Any], consequence: str) -> None:
         if self._world.rank:
             return
-        state = copy_aside(learner.state_dict(), None)  # on the CPU, so that a machine without a GPU can read it
-        content: dict[str, Any] = {"format": FORMAT, "identity": self._identity, "unfinished": None}
-        if ended:
-            content |= {name: part for name, part in state.items() if name not in ("optimizer", "scaler")}
-        else:
-            content["unfinished"] = {**dataclasses.asdict(done), "state": state}
         try:
-            with replacing(self._file) as stream:
-                torch.save(content, stream)
+            with replacing(file) as stream:
+                torch.save(copy_aside(content, None), stream)  # on the CPU: a machine without a GPU can read it
         except OSError as error:
-            self._say(f"{self._file} cannot be written: {error.strerror}; after an interruption, this epoch is lost")
+            self._say(f"{file} cannot be written: {error.strerror}; {consequence}")
 
     def _say(self, line: str) -> None:
         if self._world.rank == 0:

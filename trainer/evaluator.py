@@ -19,7 +19,7 @@ from trainer.config import ConfigError
 from trainer.distributed import World
 from trainer.eval_reader import EvalReader
 from trainer.evaluation_commands import Evaluation, Finetune, Knn, Linear
-from trainer.evaluation_file import EvaluationFile, Learner
+from trainer.evaluation_file import UNFINISHED, WEIGHTS, EvaluationFile, Learner
 from trainer.export import TrainedRun
 
 EVAL_BATCH = 256  # images a rank, where nothing is learned
@@ -74,8 +74,9 @@ class Evaluator:
             self.reader.loader(train, batch, train=True, seed=command.seed) as images,
             self.reader.loader(val, min(EVAL_BATCH, batch)) as queries,
         ):
-            done, on_epoch = self._going_on(command, train, val, heads)
+            kept, done, on_epoch = self._going_on(command, train, val, heads)
             outcomes = linear.probe(self.features, heads, images, queries, on_epoch, done)
+        kept.save_weights(heads)
         for each in outcomes:
             self.say(f"lr {each.lr:<6g} {_in_words(each)}")
         return {"outcomes": [_plain(each) for each in outcomes]}
@@ -90,25 +91,26 @@ class Evaluator:
             self.reader.loader(train, batch, train=True, seed=command.seed) as images,
             self.reader.loader(val, min(EVAL_BATCH, batch)) as queries,
         ):
-            done, on_epoch = self._going_on(command, train, val, tuning)
+            kept, done, on_epoch = self._going_on(command, train, val, tuning)
             outcome = finetune.finetune(tuning, images, queries, on_epoch, done)
+        kept.save_weights(tuning)
         self.say(f"tuned  {_in_words(outcome)}")
         return {"outcome": _plain(outcome)}
 
     def _going_on(
         self, command: Linear | Finetune, train: DatasetIndex, val: DatasetIndex, learner: Learner
-    ) -> tuple[Done | None, Callable[[Done], None]]:
-        """What an interrupted evaluation has come to, and what to call after each epoch that follows."""
+    ) -> tuple[EvaluationFile, Done | None, Callable[[Done], None]]:
+        """Where it is kept, what an interrupted one has come to, and what to call after each epoch that follows."""
         flags = {name: value for name, value in vars(command).items() if name not in _FREE}
         flags = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
         identity = {
             "kind": command.kind,
-            "step": self.run.step,
+            "step": 0 if command.untrained else self.run.step,
             "images": [train.fingerprint, val.fingerprint],
             "flags": flags,
         }
-        file = command.result(".pt")
-        kept, started = EvaluationFile(file, identity, self.world, _warn), time.monotonic()
+        file, started = command.result(UNFINISHED), time.monotonic()
+        kept = EvaluationFile(file, command.result(WEIGHTS), identity, self.world, _warn)
         before = kept.go_on(learner)
         if before is not None:
             self.say(f"going on after epoch {before.epochs} of {file}")
@@ -116,9 +118,9 @@ class Evaluator:
         def on_epoch(done: Done) -> None:
             found = "  ".join(f"{each.top1:.2%}" for each in done.accuracies[-1])
             self.say(f"epoch {done.epochs}/{command.epochs}  top-1 {found}  {time.monotonic() - started:.0f} s")
-            kept.save(learner, done, ended=done.epochs == command.epochs)
+            kept.save(learner, done)
 
-        return before, on_epoch
+        return kept, before, on_epoch
 
     def _classifier(self, command: Finetune, classes: int) -> nn.Module:
         backbone = tunable(command, self.run)

@@ -176,10 +176,15 @@ def description(run: TrainedRun, form: str, file: str) -> dict[str, Any]:
         "timm": timm.__version__,
         "torch": torch.__version__,
     }
+    notes = []
     if form == "official" and not _has_reference_sizes(run):
-        about["note"] = f"the reference's {arch} has other sizes or heads, and its code cannot load this file"
-    elif form != "official" and "vit_conv" in arch:
-        about["note"] = "timm has no such conv stem: load it with a checkout of this repository on PYTHONPATH"
+        notes.append(f"the reference's {arch} has other sizes or heads, and its code cannot load this file")
+    if "vit_conv" in arch:
+        notes.append("timm has no such conv stem: load it with a checkout of this repository on PYTHONPATH")
+    if form == "official" and (step := run.state["loader"]["step"]):
+        notes.append(f"it is from within an epoch: who goes on with it does {step} steps of epoch {run.epoch} twice")
+    if notes:
+        about["note"] = "; ".join(notes)
     return about
 
 
@@ -253,9 +258,10 @@ def _attention_heads(module: nn.Module) -> int | list[int] | None:
 
 def _has_reference_sizes(run: TrainedRun) -> bool:
     config = run.config
-    is_vit = config.model.arch in VISION_TRANSFORMERS
-    own_backbone = not is_vit or (not config.model.backbone and config.data.image_size == 224)
-    return own_backbone and run.model.heads == ("vit" if is_vit else "resnet")
+    if (sizes := VISION_TRANSFORMERS.get(config.model.arch)) is None:
+        return run.model.heads == "resnet"
+    same = {**sizes, **config.model.backbone} == sizes and config.data.image_size == 224
+    return same and run.model.heads == "vit"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -202,6 +202,38 @@ def test_a_result_of_other_images_is_not_replaced(evaluate, refused, trained, sa
     assert main([*flags, str(sample)]) == 0
 
 
+def test_the_same_images_by_another_path(evaluate, trained, sample, tmp_path):
+    evaluate("knn", "--device", "cpu", "--name", "path", name="path")
+    (tmp_path / "link").symlink_to(sample)
+    flags = ["knn", "--device", "cpu", "--name", "path", "--run", str(trained)]
+    assert main([*flags, "--data", str(tmp_path / "link")]) == 0
+
+
+def test_two_at_a_time_do_not_make_the_same_result(evaluate, refused, trained, monkeypatch):
+    """The second begins while the first is at its vote."""
+    said = []
+
+    def accuracy(*_, **__):
+        said.append(refused("knn", "--name", "once"))
+        return 0.5
+
+    monkeypatch.setattr("evaluation.knn.accuracy", accuracy)
+    evaluate("knn", "--device", "cpu", "--name", "once", name="once")
+    assert f"{trained / 'eval' / 'once.json'} is being made by another process" in said[0]
+
+
+def test_more_than_the_images_that_there_are(refused, sample):
+    said = f"--batch-size 52, but {sample / 'train'} has 51 images; use at most 51"
+    assert said in refused("linear", "--batch-size", 52)
+    assert said in refused("finetune", "--batch-size", 52, "--mixup", 0, "--cutmix", 0)
+
+
+def test_a_torchrun_that_says_half_is_one_line(trained, sample, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    assert main(["knn", "--run", str(trained), "--data", str(sample)]) == 2
+    assert capsys.readouterr().err.startswith("evaluate.py: error: RANK is set but LOCAL_RANK")
+
+
 @pytest.fixture
 def broken(sample, tmp_path):
     """The sample with images, so many in train/ and in val/, whose damage a scan does not look for."""
@@ -235,18 +267,26 @@ def test_too_little_memory_is_one_line(trained, sample, monkeypatch, capsys):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("trainer.evaluator.Evaluator.evaluate", too_much)
-    mends = {"knn": "the features of all images have to fit", "linear": "use a smaller --batch-size"}
+    mends = {"knn": "the features of all images have to fit", "linear -b 16": "use a smaller --batch-size"}
     for kind, mend in mends.items():
-        assert main([kind, "--run", str(trained), "--data", str(sample), "--device", "cpu", "--name", "none"]) == 2
+        assert (
+            main([*kind.split(), "--run", str(trained), "--data", str(sample), "--device", "cpu", "--name", "none"])
+            == 2
+        )
         assert capsys.readouterr().err == f"evaluate.py: error: cpu is out of memory; {mend}\n"
 
 
-def test_too_many_broken_images_are_one_line(trained, broken, capsys):
+def test_too_many_broken_images_are_one_line(trained, broken, monkeypatch, capsys):
     data, _ = broken(train=0, val=11)
     assert main(["knn", "--run", str(trained), "--data", str(data), "--device", "cpu", "--name", "many"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "11 images that passed the scan cannot be used, and at most 10 may fail" in line
     assert not (trained / "eval" / "many.json").exists()
+    # A run that may do without as many is evaluated without as many.
+    source = open_run(trained)
+    lenient = dataclasses.replace(source, config=replace(source.config, max_failed=11))
+    monkeypatch.setattr("evaluate.open_run", lambda folder: lenient)
+    assert main(["knn", "--run", str(trained), "--data", str(data), "--device", "cpu", "--name", "many"]) == 0
 
 
 @pytest.mark.slow
