@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+SLICE = 2**26  # similarities, or votes, that are computed at a time: 256 MiB
+
 
 class Labelled(Protocol):
     """A batch: images (N, 3, H, W), class labels and dataset rows int64 (N,)."""
@@ -76,7 +78,7 @@ def accuracy(
         raise FloatingPointError(f"features of {odd} of {len(bank) + len(queries)} images are not finite")
     classes = int(torch.maximum(bank_labels.max(), labels.max())) + 1
     right = 0
-    rows = max(1, 2**26 // max(len(bank), classes))  # so that similarities and votes of a slice take 256 MiB each
+    rows = max(1, SLICE // max(len(bank), classes))
     for start in range(0, len(queries), rows):
         similarity, nearest = (queries[start : start + rows] @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(similarity), classes, device=bank.device)

@@ -20,6 +20,8 @@ GOOD = [
     "picture.bmp",
     "picture.webp",
     "picture.tif",
+    "picture.ppm",
+    "picture.pgm",
 ]
 BAD = {
     "cut_half.jpg": "truncated",
@@ -65,6 +67,8 @@ def write_odd_files(folder, photo):
         "picture.bmp": encoded(photo, "BMP"),
         "picture.webp": encoded(photo, "WEBP", lossless=True),
         "picture.tif": encoded(photo, "TIFF"),
+        "picture.ppm": encoded(photo, "PPM"),
+        "picture.pgm": encoded(photo.convert("L"), "PPM"),
         "cut_half.jpg": jpeg[: len(jpeg) // 2],
         "cut_at_99_percent.jpg": jpeg[: len(jpeg) * 99 // 100],
         "no_end_marker.jpg": jpeg[:-2],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nvidia.dali import Pipeline, fn, types
 
+from dali_pipes import ViewLoader, multi_crop
 from dali_pipes.graph import Decoder, decoded
 
 GPU = torch.device("cuda", 0)
@@ -30,6 +31,19 @@ def asked(monkeypatch):
         return found
 
     return call
+
+
+def test_each_image_is_decoded_once_for_all_views(photos, monkeypatch):
+    calls, real = [], fn.decoders.image
+
+    def image(encoded, **options):
+        calls.append(options)
+        return real(encoded, **options)
+
+    monkeypatch.setattr(fn.decoders, "image", image)
+    batch = next(iter(ViewLoader(photos, multi_crop(2), batch_size=2, image_size=16, num_threads=1)))
+    assert len(batch.views) == 4
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(("engine", "share"), [(True, 1.0), (False, 0.0)])

@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from dali_pipes import DatasetError, DatasetIndex
 from dali_pipes.file_check import FileCheck
-from tests.dali_pipes.odd_files import encoded, picture
+from tests.dali_pipes.odd_files import encoded, picture, write_odd_files
 
 
 def test_classes_and_rows_are_those_of_image_folder(tree):
@@ -59,6 +59,15 @@ def test_progress_counts_up_to_all_files(photos, tree):
     seen: list[tuple[int, int]] = []
     DatasetIndex.scan(tree, progress=lambda done, count: seen.append((done, count)))
     assert seen == [(done, 7) for done in range(1, 8)]
+
+
+def test_a_portion_of_many_files_keeps_each_reason_with_its_file(tmp_path, pictures, monkeypatch):
+    write_odd_files(tmp_path / "odd", pictures[0].resize((96, 64)))
+    one_by_one = DatasetIndex.scan(tmp_path / "odd", cache=tmp_path / "first")
+    monkeypatch.setattr("dali_pipes.index.CALLS", 3)
+    together = DatasetIndex.scan(tmp_path / "odd", cache=tmp_path / "second")
+    assert together.rejected == one_by_one.rejected
+    assert together.fingerprint == one_by_one.fingerprint
 
 
 def test_what_a_later_scan_has_lost(tree):

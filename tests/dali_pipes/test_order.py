@@ -49,7 +49,7 @@ def test_no_image_left_to_take_the_place():
 @pytest.mark.parametrize("count", [40, 47])
 def test_the_rule_over_many_random_failures(count):
     """No image twice in a global batch, no other slot moved, the nearest good image of the column; for any ranks."""
-    rng = np.random.default_rng(count)
+    rng, looked_at = np.random.default_rng(count), 0
     for trial in range(50):
         order = epoch_permutation(count, 1, trial)
         failed = set(rng.choice(count, rng.integers(1, 10), replace=False).tolist())
@@ -57,6 +57,7 @@ def test_the_rule_over_many_random_failures(count):
             replaced = replace_failed(order, failed, 8)
         except DatasetError:
             continue
+        looked_at += 1
         for place, (old, new) in enumerate(zip(order.tolist(), replaced.tolist(), strict=True)):
             steps = [old] if old not in failed else []
             further = list(range(place + 8, count, 8)) + list(range(place % 8, place, 8))
@@ -70,3 +71,4 @@ def test_the_rule_over_many_random_failures(count):
             while met := set(equal_share(replace_failed(order, known, 8), rank, 2)[: count // 8 * 4].tolist()) & failed:
                 known.add(rng.choice(sorted(met)).item())
             assert equal_share(replace_failed(order, known, 8), rank, 2)[: count // 8 * 4].tolist() == mine.tolist()
+    assert looked_at > 40

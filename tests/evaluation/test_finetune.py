@@ -161,6 +161,27 @@ def test_mixing_repeats_itself_and_leaves_the_loaders_images_alone():
     assert tuning.step(batch.images, batch.labels, 1, 0, 9).item() != first[0]
 
 
+def test_mixing_and_smoothing_are_the_recipes():
+    tuning = FineTuning(network_of().double(), CLASSES, Recipe(**{**PLAIN, "mixup": 0.8, "cutmix": 0.3}))
+    assert tuning.mixup is not None
+    assert (tuning.mixup.mixup_alpha, tuning.mixup.cutmix_alpha) == (0.8, 0.3)
+    network = network_of().double()
+    smooth = FineTuning(network, CLASSES, Recipe(**{**PLAIN, "label_smoothing": 0.1}))
+    batch = next(iter(Loader(8)))
+    expected = F.cross_entropy(network(batch.images), batch.labels, label_smoothing=0.1).item()
+    assert smooth.step(batch.images, batch.labels, 0, 0, 3).item() == pytest.approx(expected)
+    mixed = FineTuning(network_of().double(), CLASSES, Recipe(**{**PLAIN, "mixup": 0.8, "label_smoothing": 0.1}))
+    assert mixed.mixup is not None
+    assert mixed.mixup.label_smoothing == 0.1
+
+
+def test_a_batch_norm_is_not_asked_to_learn_from_one_image():
+    """24 images in batches of 23: of the one that is left over, the convolutions' last maps are a single number."""
+    recipe = Recipe(**{**PLAIN, "batch_size": 23})
+    outcome = finetune(FineTuning(network_of("resnet18").double(), CLASSES, recipe), Loader(23), Loader(24))
+    assert math.isfinite(outcome.loss)
+
+
 def on_a_rank(arch, world_size):
     rank = dist.get_rank() if dist.is_initialized() else 0
     network = network_of(arch).double()

@@ -37,6 +37,15 @@ def test_accuracy_is_the_share_of_won_votes(k, temperature):
     assert accuracy(bank, labels, queries, truth, k, temperature) == 0.75
 
 
+def test_slices_of_the_queries_vote_as_all_at_once(monkeypatch):
+    bank, queries = unit(200, 8, seed=0), unit(60, 8, seed=1)
+    labels, truth = (torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(n)) for n in (200, 60))
+    whole = accuracy(bank, labels, queries, truth)
+    assert 0 < whole < 1
+    monkeypatch.setattr("evaluation.knn.SLICE", 200 * 7)
+    assert accuracy(bank, labels, queries, truth) == whole
+
+
 def test_near_neighbours_outvote_a_distant_majority():
     bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]]), dim=1)
     labels, query = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])

@@ -68,12 +68,15 @@ def test_the_training_thread_never_synchronises_between_two_rows(sample, tmp_pat
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     steps = [event for event in events if event.get("name") == "a step of the training thread" and "dur" in event]
     threads = {event["tid"] for event in steps if event.get("cat") == "user_annotation"}
-    # The profiler itself waits for the device when it ends.
+    # The profiler itself waits for the device when it begins and ends.
+    start = min(event["ts"] for event in steps if event.get("cat") == "user_annotation")
     end = max(event["ts"] + event["dur"] for event in steps if event.get("cat") == "user_annotation")
     called = {
         event["name"]
         for event in events
-        if event.get("cat") in ("cuda_runtime", "cuda_driver") and event["tid"] in threads and event["ts"] < end
+        if event.get("cat") in ("cuda_runtime", "cuda_driver")
+        and event["tid"] in threads
+        and start <= event["ts"] < end
     }
     assert any("Launch" in name for name in called)
     assert not [name for name in called if "Synchronize" in name]
@@ -83,7 +86,8 @@ def test_the_training_thread_never_synchronises_between_two_rows(sample, tmp_pat
 def test_a_bad_step_changes_nothing(flags, sample):
     before, after, later, undisturbed, reading = with_a_bad_step(sample / "train", "--device", "cuda", *flags)
     torch.testing.assert_close(after, before, rtol=0, atol=0)
-    torch.testing.assert_close(later, undisturbed, rtol=1e-3, atol=1e-4)
+    # Where a gradient is rounding noise, AdamW goes either way, by as much as its rate.
+    torch.testing.assert_close(later, undisturbed, rtol=1e-3, atol=4e-4)
     assert reading.numbers["bad_steps"] == [{"step": 2, "rank": 0, "indices": [2]}]
 
 

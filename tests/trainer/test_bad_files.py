@@ -203,7 +203,7 @@ def test_a_rank_that_meets_too_many_says_so_alone(start, sample, tmp_path):
     shutil.copytree(sample, data)
     victim = sorted((data / "train").rglob("*.jpg"))[7]
     victim.write_bytes(broken_inside(0))
-    process = start("--data", data, "--out", tmp_path / "run", "--no-knn", "--max-failed", 0, "--timeout", 20, ranks=2)
+    process = start("--data", data, "--out", tmp_path / "run", "--no-knn", "--max-failed", 0, "--timeout", 60, ranks=2)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert errors.count("train_ddp.py: error: ") == 1, errors

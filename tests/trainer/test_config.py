@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dali_pipes import DatasetIndex, ViewLoader
 from model import MoCoV3
 from tests.golden.cases import load
 from trainer.config import FREE, Config, ConfigError, disagreements, parse, replace
 from trainer.evaluation_commands import Linear
 from trainer.presets import PRESETS
+
+from .engines import engine_for
 
 NEEDED = ["--data", "images", "--out", "run"]
 
@@ -65,6 +68,41 @@ def test_a_wrong_flag_exits_with_2(argv, capsys):
     printed = "".join(capsys.readouterr())
     assert argv[0] in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "found", "expected"),
+    [
+        (["--optimizer", "lars", "--momentum", 0.5], lambda e: e.optimizer.defaults["momentum"], 0.5),
+        (["--optimizer", "lars", "--weight-decay", 0.25], lambda e: e.optimizer.defaults["weight_decay"], 0.25),
+        (["--weight-decay", 0.25], lambda e: e.optimizer.defaults["weight_decay"], 0.25),
+        (["--jpeg-engine", "off"], lambda e: e.loader._stream._decoder.jpeg_engine, False),
+        ([], lambda e: e.loader._stream._decoder.jpeg_engine, True),
+        (["--moco-t", 0.5], lambda e: e.model.temperature, 0.5),
+        (["--moco-m", 0.5, "--no-moco-m-cos"], lambda e: momentum_halfway(e), 0.5),
+        (["--moco-m", 0.5], lambda e: momentum_halfway(e), pytest.approx(0.75)),
+    ],
+)
+def test_what_flags_reach(flags, found, expected, sample):
+    engine = engine_for(sample / "train", *flags)
+    assert found(engine) == expected
+    engine.loader.close()
+
+
+def momentum_halfway(engine):
+    engine.step = engine.total / 2
+    engine._schedule()
+    return engine.momentum
+
+
+def test_the_seed_deals_the_images(sample):
+    index = DatasetIndex.scan(sample / "train")
+    for seed in (0, 1):
+        engine = engine_for(sample / "train", "--seed", seed)
+        ours = next(iter(engine.loader))
+        theirs = next(iter(ViewLoader(index, batch_size=16, seed=seed, image_size=32, num_threads=1)))
+        assert torch.equal(ours.indices, theirs.indices)
+        engine.loader.close()
 
 
 def test_an_unknown_preset_names_the_known_ones():

@@ -40,6 +40,30 @@ def test_chunks_equal_the_whole_batch(optimizer, sample):
     assert all(each.abs().max() > 0 for each in whole[1][1].values())
 
 
+def passes(tree, *flags):
+    """How many images each forward pass of a step's backbones had, and how many its first block had."""
+    engine = engine_for(tree, "--batch-size", 14, *flags)
+    patches: list[int] = []
+    blocks: list[int] = []
+    for encoder in (engine.model.base_encoder, engine.model.momentum_encoder):
+        encoder.patch_embed.register_forward_pre_hook(lambda _, given: patches.append(len(given[0])))
+        encoder.blocks[0].mlp.register_forward_pre_hook(lambda _, given: blocks.append(len(given[0])))
+    engine.train_step(views_for(engine, 0))
+    engine.loader.close()
+    return patches, blocks
+
+
+def test_no_more_than_a_chunk_is_computed_at_a_time(sample):
+    assert passes(sample / "train")[0] == [28, 28]  # both views in one pass, of either encoder
+    # Keys, queries without a graph, and queries again with one.
+    assert passes(sample / "train", "--microbatch", 5)[0] == [5, 5, 4] * 2 * 3
+
+
+def test_blocks_are_computed_again(sample):
+    patches, blocks = passes(sample / "train", "--checkpoint-activations")
+    assert (patches, blocks) == ([28, 28], [28, 28, 28])
+
+
 def test_chunks_on_two_ranks_equal_ddp_on_the_whole_batch(sample, tmp_path):
     whole = run_on_ranks(two_steps, sample / "train", folder=tmp_path)
     # 7 images a rank: 3, 3 and 1.

@@ -154,6 +154,7 @@ def test_a_run_told_to_skip_goes_on_and_can_be_continued(train, bad_at, losses, 
 
 def test_a_run_in_which_every_step_is_bad_ends(train, bad_at, monkeypatch, capsys):
     bad_at(*range(3, 10))
+    assert watch.HOPELESS == 100  # as the README has it
     monkeypatch.setattr(watch, "HOPELESS", 4)
     assert train("--no-knn", "--on-nan", "skip") == 1
     assert "not finite for 4 steps in a row, the last step 6" in capsys.readouterr().err

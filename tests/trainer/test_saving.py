@@ -2,6 +2,7 @@
 
 import subprocess
 import threading
+import time
 
 import pytest
 import torch
@@ -46,9 +47,12 @@ def test_the_state_of_the_moment_is_written_while_training_goes_on(tmp_path, hel
 
 def test_a_second_save_waits_for_the_first_and_counts_as_stall(tmp_path, held_back):
     saver = Saver(tmp_path, 0, None, None, pytest.fail)
-    assert saver.save(state(1)) < 0.2
+    saver.save(state(1))  # returns, though nothing may be written yet
     threading.Timer(0.5, held_back.set).start()
-    assert saver.save(state(2)) > 0.4
+    started = time.monotonic()
+    stall = saver.save(state(2))
+    assert held_back.is_set()
+    assert 0 < stall <= time.monotonic() - started
     assert saver.wait() is None
     assert checkpoint.newest(tmp_path) == (tmp_path / "checkpoint_00000002.pt", [])
 
@@ -75,8 +79,22 @@ def test_saved_every_so_many_steps_and_the_stall_is_logged(train, tmp_path):
 
 
 def test_saved_every_so_many_minutes(train, tmp_path):
-    assert train("--no-knn", "--save-every", "0.0001min", "--keep", 0, "--max-steps", 5) == 0
+    assert train("--no-knn", "--save-every", "0.000001min", "--keep", 0, "--max-steps", 5) == 0
     assert {1, 2, 3, 4, 5} == {int(file.stem[-8:]) for file in (tmp_path / "run").glob("*.pt")}
+
+
+def test_minutes_are_sixty_seconds_since_the_last_save(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("trainer.saving.time.monotonic", lambda: now[0])
+    saver = Saver(tmp_path, 0, None, 30.0, pytest.fail)
+    for start in (1000.0, 5000.0):
+        now[0] = start + 30 * 60 - 1
+        assert not saver.due()
+        now[0] = start + 30 * 60
+        assert saver.due()
+        now[0] = 5000.0
+        saver.save(state(1))
+        saver.wait()
 
 
 def test_halves_of_files_are_swept_at_the_start(train, tmp_path):

@@ -50,7 +50,7 @@ def difference(data, settled):
 
 @pytest.mark.parametrize("settled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_four_ranks_go_on_to_the_last_bit_only_if_settled(sample, tmp_path, settled):
-    (worst, *_) = run_on_ranks(difference, str(sample), settled, world_size=4, folder=tmp_path)
+    (worst, *_) = run_on_ranks(difference, str(sample), settled, world_size=4, folder=tmp_path, timeout=300)
     assert (worst == 0) == settled
 
 

@@ -17,7 +17,7 @@ from trainer.loop import TrainingError
 STUCK = """
 import ctypes, sys
 from trainer.signals import StopSignals
-StopSignals.SAME_SIGNAL_SECONDS = 0.5
+StopSignals.SAME_SIGNAL_SECONDS = 1.0
 signals = StopSignals()
 with signals.patiently():
     print("ready", flush=True)

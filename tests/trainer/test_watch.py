@@ -111,6 +111,22 @@ def test_the_norm_is_that_of_all_gradients_and_clips_them(sample):
         torch.testing.assert_close(gradient, theirs[name] * 0.01 / norm, rtol=1e-4, atol=0)
 
 
+def test_fp16_clips_what_the_gradients_are_without_their_scale(sample):
+    plain, clipped = (
+        engine_for(sample / "train", "--warmup-epochs", 0, "--optimizer", "lars", "--amp", "fp16", *flags)
+        for flags in ([], ["--clip-grad", 0.01])
+    )
+    for engine in (plain, clipped):
+        engine.train_step(views_for(engine, 0))
+        engine.loader.close()
+    norm = torch.cat([each.flatten() for each in gradients(plain).values()]).norm().item()
+    assert norm > 0.1
+    assert clipped.watch.read().numbers["grad_norm"] == pytest.approx(norm, rel=1e-2)
+    assert torch.cat([each.flatten() for each in gradients(clipped).values()]).norm().item() == pytest.approx(
+        0.01, 1e-2
+    )
+
+
 def test_what_is_frozen_has_no_gradient_and_no_state(sample):
     engine = engine_for(sample / "train", "--stop-grad-conv1")
     engine.train_step(views_for(engine, 0))
