@@ -138,7 +138,7 @@ def _find(argv: list[str], world: World, stack: ExitStack) -> Found:
     """For rank 0: everything that can be found out before ranks meet. The result's files are ours until `stack` ends.
 
     Raises:
-        ConfigError, DatasetError: what is wrong and how to mend it; nothing was written.
+        ConfigError, DatasetError: what is wrong and how to mend it; no result was touched.
     """
     command = _parse(argv)
     command.check(world.size)
@@ -151,8 +151,10 @@ def _find(argv: list[str], world: World, stack: ExitStack) -> Found:
         if len(index) < world.size:
             raise ConfigError(f"{index.tree} has {len(index)} images, too few for {world.size} ranks")
     if isinstance(command, (Linear, Finetune)) and command.batch_size > len(train):
+        unit = world.size * (2 if isinstance(command, Finetune) and (command.mixup or command.cutmix) else 1)
         raise ConfigError(
-            f"--batch-size {command.batch_size}, but {train.tree} has {len(train)} images; use at most {len(train)}"
+            f"--batch-size {command.batch_size}, but {train.tree} has {len(train)} images; "
+            f"use at most {len(train) // unit * unit}"
         )
     if not run.file.exists():  # a run that is still training: by now it has a newer one
         run = open_run(command.run)
@@ -180,15 +182,15 @@ def _claimed(command: Evaluation) -> Iterator[None]:
     """
     output = command.result(".json")
     with open(output.with_name(f".{output.stem}.lock"), "ab") as lock:
-        endings: tuple[str, ...] = (".json", WEIGHTS, UNFINISHED)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{output} is being made by another process; give this one another --name") from None
-        except OSError:  # a filesystem without locks: they may be another's
-            endings = ()
-        for ending in endings:
-            for half in output.parent.glob(f"{glob.escape(command.result(ending).name)}.*{PART}"):
+        except OSError:  # a filesystem without locks: halves may be another's
+            yield
+            return
+        for ending in (".json", WEIGHTS, UNFINISHED):
+            for half in output.parent.glob(f"{glob.escape(command.result(ending).name)}.????????{PART}"):
                 half.unlink(missing_ok=True)
         yield
 
@@ -266,8 +268,9 @@ def _evaluate(
     except OSError as error:
         print(text, flush=True)
         raise ConfigError(f"{output} cannot be written: {error.strerror}; the result stands above") from None
-    with suppress(OSError):  # what is left of it does no harm
-        command.result(UNFINISHED).unlink(missing_ok=True)
+    if not isinstance(command, Knn):
+        with suppress(OSError):  # what is left of it does no harm
+            command.result(UNFINISHED).unlink(missing_ok=True)
     evaluator.say(f"file   {output}")
 
 

@@ -29,9 +29,9 @@ from benchmarks.generated import describe, first
 from benchmarks.measure import differences, estimate
 from benchmarks.progress import Progress
 from benchmarks.reference_step import Changes, ReferenceStep, side_by_side
-from benchmarks.results import Measurement, Result
+from benchmarks.results import Better, Measurement, Result
 from benchmarks.step import training_config
-from benchmarks.tables import spread
+from benchmarks.tables import number
 from dali_pipes import DatasetIndex
 from model import MoCoV3
 from trainer import config as configuration
@@ -51,7 +51,8 @@ Curves = Mapping[str, list[list[float]]]  # the losses of each kind of step, a l
 
 @dataclass(frozen=True)
 class Parity:
-    """Loss curves of the optimised and the plain step on the same batches."""
+    """Loss curves of the optimised and the plain step on the same batches, from as many seeds as there are `--rounds`;
+    all of them are in memory at once."""
 
     common: Common = field(default_factory=lambda: Common(images=2048, rounds=5))
     preset: str = ""
@@ -180,9 +181,10 @@ def summary(curves: Curves) -> list[Measurement]:
         gaps = [np.abs(smoothed(one) - smoothed(other)) for one, other in both]
         if gaps:
             group = f"distance from {PLAIN}, means of {min(SMOOTH, steps)} steps"
+            better: Better = "neither" if name == SEEDS else "lower"
             found += [
-                Measurement(group, name, "average", tuple(float(gap.mean()) for gap in gaps), "lower"),
-                Measurement(group, name, "largest", tuple(float(gap.max()) for gap in gaps), "lower"),
+                Measurement(group, name, "average", tuple(float(gap.mean()) for gap in gaps), better),
+                Measurement(group, name, "largest", tuple(float(gap.max()) for gap in gaps), better),
             ]
     return found
 
@@ -196,17 +198,18 @@ def verdict(curves: Curves, name: str = FAST) -> str:
     """Whether the runs of that name end lower or higher than the plain ones of the same seeds."""
     gaps = differences(ends(curves[name]), ends(curves[PLAIN]))
     seeds = len(gaps)
-    said = f"{name}: at the end the loss minus that of {PLAIN} is {spread(estimate(gaps))}"
+    said = f"{name}: at the end the loss minus that of {PLAIN} is {number(estimate(gaps).median)}"
     if seeds == 1:
         return f"{said}, with one seed: not judged."
+    said += f" ({number(min(gaps))} to {number(max(gaps))})"
     if min(gaps) <= 0 <= max(gaps):
         return f"{said}, over {seeds} seeds: no difference shown."
     side = "above" if gaps[0] > 0 else "below"
-    return f"{said}: {side} 0 with each of {seeds} seeds, as chance alone has it once in {2 ** (seeds - 1)}."
+    return f"{said}: {side} 0 with each of {seeds} seeds, as chance alone would have it once in {2 ** (seeds - 1)}."
 
 
 def draw(result: Result) -> Figure:
-    """Smoothed losses above, a line a run; below what separates the runs of each seed, and the plain one's of two."""
+    """Above, the smoothed losses, a line a run; below, the differences of each seed, and of plain runs of two seeds."""
     chart, ((losses,), (gaps,)) = charts.figure(
         result,
         f"{result.subject}: amp {result.configuration['amp']}, compile {result.configuration['compile']}, and float32",
@@ -222,8 +225,8 @@ def draw(result: Result) -> Figure:
     at = np.arange(len(plain[0])) + steps - len(plain[0]) + 1
 
     def lines(axes: Axes, curves: Sequence[NDArray[np.float64]], colour: str, label: str) -> None:
-        for number, curve in enumerate(curves):
-            axes.plot(at, curve, color=colour, alpha=0.7, linewidth=1, label=label if number == 0 else None)
+        for at_seed, curve in enumerate(curves):
+            axes.plot(at, curve, color=colour, alpha=0.7, linewidth=1, label=None if at_seed else label)
 
     for name in reversed(runs):  # ours on top
         lines(losses, runs[name], COLOURS[name], name)

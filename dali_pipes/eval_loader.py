@@ -37,8 +37,8 @@ class EvalLoader:
     len(index) % world_size images at the end of the permutation sit out that epoch. `resize` has no meaning then.
 
     An image that passed the scan and cannot be used is reported once, by a line to `on_failed`, and left out; with
-    `train=True` another one stands in, so that the ranks' batches stay of one size. `max_failed` of a rank's may fail
-    (default: `failures.tolerated`).
+    `train=True` another one stands in, so that the ranks' batches stay of one size. At most `max_failed` may fail
+    on each rank (default: `failures.tolerated`).
 
     Each iteration starts at the beginning of a pass; the last batch may be smaller. With `train=True` call `set_epoch`
     before each pass, as with torch's DistributedSampler: without it every pass is the same.

@@ -45,7 +45,7 @@ def unusable(index: DatasetIndex, rows: Iterable[int], failure: str, stream: Str
         DiskAway: they are still away.
     """
     chosen = sorted({int(row) for row in rows})
-    # So few may be away by chance: then others of all over the index have a say.
+    # Fewer than 4 may be missing by chance: then some from all over the index are looked at, too.
     seen = chosen if len(chosen) >= 4 else sorted({*chosen, *np.linspace(0, len(index) - 1, 4).astype(int).tolist()})
     found = _unfit(index, seen)
     for pause in _PAUSES:

@@ -128,7 +128,7 @@ class DatasetIndex:
         """These rows in a later scan of the tree, and which of them it does not have as they were.
 
         What was set aside at first and can be used by now is no row of either. The first index is this one, with the
-        file sizes of now, and with all that was set aside, then or now or lost since. None if there are other images
+        file sizes of now, and with all that was set aside, then or now, or is lost. None if there are other images
         besides, or other labels.
         """
         if self.classes != now.classes:
@@ -136,15 +136,16 @@ class DatasetIndex:
         found = {name: row for row, name in enumerate(now.names)}
         rows = np.array([found.pop(name, -1) for name in self.names], np.int64)
         there = rows >= 0
-        before, reasons = dict(self.rejected), dict(now.rejected)
-        if (now.labels[rows] != self.labels)[there].any() or any(now.path(row) not in before for row in found.values()):
+        mine, reasons = set(self.names), dict(now.rejected)
+        aside = {name: why for path, why in self.rejected if (name := path.removeprefix(self._prefix)) not in mine}
+        if (now.labels[rows] != self.labels)[there].any() or found.keys() - aside.keys():
             return None
         same = there & (now.widths[rows] == self.widths) & (now.heights[rows] == self.heights)
         lost = np.flatnonzero(~same).tolist()
         for row in lost:
             reasons.setdefault(self.path(row), "another image than before" if there[row] else "no longer there")
-        for path, reason in before.items():
-            reasons.setdefault(path, reason if reason.startswith(_BEFORE) else f"{_BEFORE} ({reason})")
+        for name, why in aside.items():
+            reasons.setdefault(os.path.join(self.tree, name), why if why.startswith(_BEFORE) else f"{_BEFORE} ({why})")
         sizes = np.where(there, now.file_sizes[rows], self.file_sizes)
         return replace(self, file_sizes=sizes, rejected=list(reasons.items())), lost
 
@@ -169,7 +170,7 @@ class DatasetIndex:
         text = {
             "tree": str(self.tree.absolute()),
             "classes": self.classes,
-            "rejected": aside,
+            "set_aside": aside,
             "outside": any(map(leaves, self.names)),
         }
         with replacing(Path(file)) as stream:
@@ -206,7 +207,7 @@ class DatasetIndex:
                     heights=_column(archive, "heights", np.int32),
                     file_sizes=_column(archive, "file_sizes", np.int64) if sized else np.zeros_like(labels),
                     classes=tuple(text["classes"]),
-                    rejected=[(os.path.join(tree, path), reason) for path, reason in text["rejected"]],
+                    rejected=[(os.path.join(tree, path), reason) for path, reason in text.get("set_aside", ())],
                 )
                 _check(index, bool(text["outside"]))
         except FileNotFoundError:

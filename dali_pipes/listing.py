@@ -119,7 +119,7 @@ def _leads_up(folder: str, name: str) -> bool:
     path = os.path.join(folder, name)
     if not os.path.islink(path):
         return False
-    target, here = os.path.realpath(path), Path(folder)
+    target, here = os.path.realpath(path), Path(os.path.abspath(folder))
     way = [os.path.realpath(each) for each in (here, *here.parents)]
     return any(os.path.commonpath([real, target]) == target for real in way)
 

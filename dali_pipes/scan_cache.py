@@ -42,7 +42,7 @@ class Looks:
     def of(cls, looks: Sequence[tuple[Stamp | None, FileCheck]]) -> "Looks":
         """Each file's stamp before it was looked at, None if there is no file, and what was found."""
         # A file that cannot be used is looked at each time: mended, it may have the size and the time that it had.
-        # Nor is one whose time the column does not hold, of the year 2262 and later.
+        # So is one whose time the column does not hold: of the year 2262 and later.
         kept = [now if now is not None and not check.reason and now[1] < 2**63 else _UNKNOWN for now, check in looks]
         numbers = (
             [now[0] for now in kept],

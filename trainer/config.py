@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,8 @@ class Data:
     outside: bool = False
     """Let a list file name images outside of its own folder."""
     max_failed: int | None = None
-    """Images that may turn out broken, others standing in, before the run stops; None: 0.1 %, at least 10."""
+    """Images that may turn out broken, others standing in, before the run stops; None: 0.1 %, at least 10.
+    Holds for those that features are judged on as well."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,9 @@ class Config:
 
     def check(self, world_size: int) -> None:
         """Raise `ConfigError` for values that cannot work, before anything is built."""
-        if (name := os.fsencode(self.run.out)) != str(self.run.out).encode(errors="replace"):
-            raise ConfigError(
-                f"--out {name.decode(errors='replace')} is no UTF-8, which TensorBoard asks for; rename it"
-            )
+        shown = str(self.run.out).encode(errors="replace").decode()
+        if shown != str(self.run.out):
+            raise ConfigError(f"--out {shown} is no UTF-8, which TensorBoard asks for; rename it")
         batch = self.optim.batch_size
         if batch < 2:
             raise ConfigError(f"--batch-size {batch}: the contrastive loss needs at least 2 images a step")

@@ -31,7 +31,7 @@ class Evaluation:
     """DALI threads a rank; None: the machine's cores shared among its ranks, at most 16."""
     name: str | None = None
     """Of the result, RUN/eval/NAME.json; None: the kind of evaluation, or KIND-untrained.
-    An older one of that name is replaced in the end, if it is of the same --data."""
+    An older one of that name is replaced when the new one is complete, if it is of the same --data."""
 
     @property
     def kind(self) -> str:

@@ -67,10 +67,14 @@ class EvaluationFile:
         self._write(self._file, content, "after an interruption, this epoch is lost")
 
     def save_weights(self, learner: Learner) -> None:
-        """After the last one, without what is only needed to go on; else as `save`."""
+        """After the last epoch: without what is only needed to go on. Failing costs a warning, as in `save`."""
         state = learner.state_dict()
         content = {name: part for name, part in state.items() if name not in ("optimizer", "scaler")}
-        self._write(self._weights, {"format": FORMAT, "identity": self._identity, **content}, "the weights are lost")
+        self._write(
+            self._weights,
+            {"format": FORMAT, "identity": self._identity, **content},
+            "the weights of this evaluation are lost",
+        )
 
     def _write(self, file: Path, content: dict[str, Any], consequence: str) -> None:
         if self._world.rank:

@@ -4,12 +4,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from dali_pipes import DatasetIndex
+from dali_pipes import DatasetIndex, EvalLoader
 from evaluation import finetune, linear
 from evaluation.accuracy import Done
 from model import MoCoV3
@@ -22,6 +23,7 @@ from trainer.evaluation_commands import Evaluation, Finetune, Knn, Linear
 from trainer.evaluation_file import UNFINISHED, WEIGHTS, EvaluationFile, Learner
 from trainer.export import TrainedRun
 
+T = TypeVar("T")
 EVAL_BATCH = 256  # images a rank, where nothing is learned
 # Flags that a result does not depend on; what images and weights it is of, is said by step and fingerprints.
 _FREE = ("run", "data", "outside", "device", "workers", "name")
@@ -69,14 +71,7 @@ class Evaluator:
         lrs = command.rates(self.model.family)
         heads = linear.Heads(lrs, self.model.feature_dim, len(train.classes), schedule, command.seed, self.device)
         self.say(f"learning rates {', '.join(f'{lr:g}' for lr in lrs)}, each x {command.batch_size} / 256")
-        batch = command.batch_size // self.world.size
-        with (
-            self.reader.loader(train, batch, train=True, seed=command.seed) as images,
-            self.reader.loader(val, min(EVAL_BATCH, batch)) as queries,
-        ):
-            kept, done, on_epoch = self._going_on(command, train, val, heads)
-            outcomes = linear.probe(self.features, heads, images, queries, on_epoch, done)
-        kept.save_weights(heads)
+        outcomes = self._learned(command, train, val, heads, partial(linear.probe, self.features, heads))
         for each in outcomes:
             self.say(f"lr {each.lr:<6g} {_in_words(each)}")
         return {"outcomes": [_plain(each) for each in outcomes]}
@@ -86,21 +81,19 @@ class Evaluator:
         recipe = finetune.Recipe(**{name: value for name, value in vars(command).items() if name in names})
         network = self._classifier(command, len(train.classes))
         tuning = finetune.FineTuning(network, len(train.classes), recipe, self.precision)
-        batch = command.batch_size // self.world.size
-        with (
-            self.reader.loader(train, batch, train=True, seed=command.seed) as images,
-            self.reader.loader(val, min(EVAL_BATCH, batch)) as queries,
-        ):
-            kept, done, on_epoch = self._going_on(command, train, val, tuning)
-            outcome = finetune.finetune(tuning, images, queries, on_epoch, done)
-        kept.save_weights(tuning)
+        outcome = self._learned(command, train, val, tuning, partial(finetune.finetune, tuning))
         self.say(f"tuned  {_in_words(outcome)}")
         return {"outcome": _plain(outcome)}
 
-    def _going_on(
-        self, command: Linear | Finetune, train: DatasetIndex, val: DatasetIndex, learner: Learner
-    ) -> tuple[EvaluationFile, Done | None, Callable[[Done], None]]:
-        """Where it is kept, what an interrupted one has come to, and what to call after each epoch that follows."""
+    def _learned(
+        self,
+        command: Linear | Finetune,
+        train: DatasetIndex,
+        val: DatasetIndex,
+        learner: Learner,
+        learn: Callable[[EvalLoader, EvalLoader, Callable[[Done], None], Done | None], T],
+    ) -> T:
+        """What `learn` comes to, from where an interrupted evaluation left the learner, and with its state kept."""
         flags = {name: value for name, value in vars(command).items() if name not in _FREE}
         flags = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
         identity = {
@@ -120,7 +113,14 @@ class Evaluator:
             self.say(f"epoch {done.epochs}/{command.epochs}  top-1 {found}  {time.monotonic() - started:.0f} s")
             kept.save(learner, done)
 
-        return kept, before, on_epoch
+        batch = command.batch_size // self.world.size
+        with (
+            self.reader.loader(train, batch, train=True, seed=command.seed) as images,
+            self.reader.loader(val, min(EVAL_BATCH, batch)) as queries,
+        ):
+            outcome = learn(images, queries, on_epoch, before)
+        kept.save_weights(learner)
+        return outcome
 
     def _classifier(self, command: Finetune, classes: int) -> nn.Module:
         backbone = tunable(command, self.run)

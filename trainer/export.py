@@ -182,7 +182,9 @@ def description(run: TrainedRun, form: str, file: str) -> dict[str, Any]:
     if "vit_conv" in arch:
         notes.append("timm has no such conv stem: load it with a checkout of this repository on PYTHONPATH")
     if form == "official" and (step := run.state["loader"]["step"]):
-        notes.append(f"it is from within an epoch: who goes on with it does {step} steps of epoch {run.epoch} twice")
+        notes.append(
+            f"saved within epoch {run.epoch}: a run that goes on from it takes the epoch's first {step} steps again"
+        )
     if notes:
         about["note"] = "; ".join(notes)
     return about

@@ -85,11 +85,11 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     index = _scan(tree, display, config.data.outside)
     if not index.classes and (others := beside_training_tree(config.data.data)):
         display.say(
-            f"{tree} has images and no class folders; not read are {', '.join(others[:3])}{' …' * (len(others) > 3)} "
-            f"beside it. If train is a class like these, name a folder that holds {config.data.data} as its train/"
+            f"{tree} has images and no class folders; not read is {others[0]}/ beside it, and {len(others) - 1} more. "
+            f"If train is a class like these, give --data a folder in which {config.data.data} is called train"
         )
     origin = config.run.out if recorded is not None else config.run.resume and config.run.resume.parent
-    index, gone = _as_started(index, origin, config, display, recorded is not None) if origin else (index, [])
+    index, gone = _as_started(index, origin, config, display) if origin else (index, [])
     val = _scan_val(val_tree, display, config.data.outside) if val_tree is not None and config.run.knn else None
     images = len(index)
     if config.optim.batch_size > images:
@@ -212,9 +212,7 @@ def _missing_compiler(device: torch.device) -> str | None:
     return None if any(map(shutil.which, names)) else f"C++ compiler ({' or '.join(names)}) on the PATH"
 
 
-def _as_started(
-    now: DatasetIndex, origin: Path, config: Config, display: Display, bound: bool
-) -> tuple[DatasetIndex, list[int]]:
+def _as_started(now: DatasetIndex, origin: Path, config: Config, display: Display) -> tuple[DatasetIndex, list[int]]:
     """The index of the run in `origin` and its rows that went bad since, if they are few and nothing else changed.
 
     Without it a run that outlived a bad file could not be continued: a new scan sets the file aside, and so has other
@@ -222,7 +220,7 @@ def _as_started(
     fingerprint.
 
     Raises:
-        ConfigError: more went bad than may, in a run that this one is `bound` to be.
+        ConfigError: more went bad than may, in the run that this one is.
     """
     file = origin / TRAIN_INDEX
     if not file.exists():
@@ -237,17 +235,19 @@ def _as_started(
     if again is None:
         return now, []
     index, gone = again
-    if not gone:
-        return index, []
     most = tolerated(len(index)) if config.data.max_failed is None else config.data.max_failed
-    path = index.path(gone[0])
-    bad = f"{len(gone)} images went bad since the run started, first {path}: {dict(index.rejected)[path]}"
-    if len(gone) <= most:
+    if gone:
+        path = index.path(gone[0])
+        bad = f"{len(gone)} images went bad since the run started, first {path}: {dict(index.rejected)[path]}"
+    if len(gone) > most:
+        if origin != config.run.out or len(gone) > len(index) // 2:  # another dataset with the same names
+            return now, []
+        raise ConfigError(f"{bad}; at most {most} may: restore them, or go on with --max-failed {len(gone)} or more")
+    if mended := len(set(now.names).difference(index.names)):
+        display.say(f"{mended} files were set aside when the run started; they can be read now, and stay out of it")
+    if gone:
         display.say(f"{bad}; others stand in")
-        return index, gone
-    if bound and len(gone) <= len(index) // 2:  # else it is another dataset with the same names
-        raise ConfigError(f"{bad}; at most {most} may: restore them, or go on with --max-failed {len(gone)}")
-    return now, []
+    return index, gone
 
 
 def _scan_val(tree: Path, display: Display, outside: bool) -> DatasetIndex | None:

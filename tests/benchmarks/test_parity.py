@@ -72,8 +72,8 @@ def test_noise_of_single_steps_is_averaged_away():
     ("gaps", "said"),
     [
         ((0.3, -0.1, 0.2), "is 0.20 (-0.10 to 0.30), over 3 seeds: no difference shown"),
-        ((0.3, 0.1, 0.2), "above 0 with each of 3 seeds, as chance alone has it once in 4"),
-        ((-0.3, -0.1), "below 0 with each of 2 seeds, as chance alone has it once in 2"),
+        ((0.3, 0.1, 0.2), "above 0 with each of 3 seeds, as chance alone would have it once in 4"),
+        ((-0.3, -0.1), "below 0 with each of 2 seeds, as chance alone would have it once in 2"),
         ((0.3,), "is 0.30, with one seed: not judged"),
     ],
 )

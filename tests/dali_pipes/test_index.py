@@ -72,7 +72,9 @@ def test_a_portion_of_many_files_keeps_each_reason_with_its_file(tmp_path, pictu
 
 def test_what_a_later_scan_has_lost(tree):
     index = DatasetIndex.scan(tree)
-    assert index.found_again(index) is not None
+    same = index.found_again(index)
+    assert same is not None
+    assert (same[0].fingerprint, same[1], same[0].rejected) == (index.fingerprint, [], index.rejected)
     (tree / "a" / "y.jpg").unlink()
     (tree / "b" / "2.jpg").write_bytes(encoded(picture(0, 9, 9), "JPEG"))
     (tree / "B" / "z.webp").write_bytes(b"")
@@ -91,6 +93,11 @@ def test_what_a_later_scan_has_lost(tree):
     assert [again.file_sizes[row] for row in kept] == [os.path.getsize(again.path(row)) for row in kept]
     assert index.without(lost).names == [index.names[row] for row in kept]
     assert len(index.without(lost).labels) == len(index) - 3
+    (tree / "a" / "y.jpg").write_bytes(encoded(picture(4, 44, 50), "JPEG"))  # it is back
+    restored = again.found_again(DatasetIndex.scan(tree))
+    assert restored is not None
+    assert sorted(index.names[row] for row in restored[1]) == ["B/z.webp", "b/2.jpg"]
+    assert str(tree / "a" / "y.jpg") not in dict(restored[0].rejected)
     (tree / "a" / "new.jpg").write_bytes(encoded(picture(0), "JPEG"))
     assert index.found_again(DatasetIndex.scan(tree)) is None  # not only lost
 

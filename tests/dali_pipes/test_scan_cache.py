@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dali_pipes import DatasetError, DatasetIndex
+from dali_pipes import DatasetError, DatasetIndex, scan_cache
 from dali_pipes.scan_cache import default_file
 from tests.dali_pipes.odd_files import BAD, encoded, picture, write_odd_files
 
@@ -134,10 +134,12 @@ def test_every_odd_file_has_its_reason_again(tmp_path, pictures):
     assert content(again) == content(first)
 
 
-def test_a_file_that_was_just_written_is_looked_at_again(tree, opened):
+def test_a_file_that_was_just_written_is_looked_at_again(tree, opened, monkeypatch):
     """It could change once more within a tick of the clock that gives it its time."""
     DatasetIndex.scan(tree)
-    os.utime(tree / "class0" / "0.jpg", (time.time() + 60,) * 2)  # however slowly it is looked at
+    assert scan_cache._SETTLED >= 2e9  # the tick of the coarsest clock
+    monkeypatch.setattr(scan_cache, "_SETTLED", 600 * 10**9)  # however slowly it is looked at
+    age(tree / "class0" / "0.jpg", 300.0)
     for _ in range(2):
         opened()
         DatasetIndex.scan(tree)

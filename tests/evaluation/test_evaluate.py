@@ -226,6 +226,7 @@ def test_more_than_the_images_that_there_are(refused, sample):
     said = f"--batch-size 52, but {sample / 'train'} has 51 images; use at most 51"
     assert said in refused("linear", "--batch-size", 52)
     assert said in refused("finetune", "--batch-size", 52, "--mixup", 0, "--cutmix", 0)
+    assert "use at most 50" in refused("finetune", "--batch-size", 52)  # it mixes pairs
 
 
 def test_a_torchrun_that_says_half_is_one_line(trained, sample, monkeypatch, capsys):
@@ -251,6 +252,7 @@ def broken(sample, tmp_path):
 
 def test_images_broken_inside_are_left_out(trained, broken, capsys):
     data, files = broken(train=2, val=1)
+    (data / "val" / "empty.jpg").write_bytes(b"")
     flags = ["--run", str(trained), "--data", str(data), "--device", "cpu", "--workers", "1"]
     for command in ("knn", "linear --epochs 2 --batch-size 16 --lr 1", "finetune --epochs 1 --warmup-epochs 0 -b 16"):
         assert main([*command.split(), *flags, "--name", "broken"]) == 0
@@ -260,6 +262,9 @@ def test_images_broken_inside_are_left_out(trained, broken, capsys):
             assert sum(str(file) in line for line in found["failed"]) == 1
             assert printed.count(f"warning: {file}: ") == 1
         assert len(found["failed"]) == 3
+        assert found["set_aside"] == [
+            f"{data / 'val' / 'empty.jpg'}: lies beside the class folders and so is of no class; move it into one"
+        ]
 
 
 def test_too_little_memory_is_one_line(trained, sample, monkeypatch, capsys):

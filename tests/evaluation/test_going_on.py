@@ -105,7 +105,7 @@ def test_an_untrained_network_is_of_no_step(trained, sample, interrupted, tmp_pa
 
 def test_halves_of_files_are_swept_and_other_evaluations_left_alone(evaluate, trained):
     (trained / "eval").mkdir(exist_ok=True)
-    mine, other = (trained / "eval" / f"{name}.pt.abc.part" for name in ("swept", "swept.2"))
+    mine, other = (trained / "eval" / f"{name}.pt.abcdefgh.part" for name in ("swept", "swept.2"))
     for half in (mine, other):
         half.write_bytes(b"half")
     evaluate(*PROBE, "--epochs", 1, name="swept")
@@ -139,7 +139,10 @@ def test_a_full_disk_costs_a_warning(evaluate, trained, monkeypatch, capsys):
     evaluate(*PROBE, name="no-room")
     printed = capsys.readouterr().out
     assert printed.count("no-room.unfinished.pt cannot be written: No space left on device") == 3
-    assert printed.count("no-room.pt cannot be written: No space left on device; the weights are lost") == 1
+    assert (
+        printed.count("no-room.pt cannot be written: No space left on device; the weights of this evaluation are lost")
+        == 1
+    )
     assert not (trained / "eval" / "no-room.pt").exists()
 
 

@@ -117,7 +117,7 @@ def test_the_heads_of_vit_small_are_said_as_timm_has_others(trained, tmp_path):
 
 def test_heads_that_the_reference_does_not_have_are_noted(trained):
     source = open_run(trained("resnet18"))
-    within = "it is from within an epoch: who goes on with it does 1 steps of epoch 1 twice"
+    within = "saved within epoch 1: a run that goes on from it takes the epoch's first 1 steps again"
     assert description(source, "official", "file")["note"] == within
     source.state["loader"]["step"] = 0
     assert "note" not in description(source, "official", "file")

@@ -44,13 +44,14 @@ def test_a_loader_that_is_slow_is_told_and_advised_on(train, tmp_path, monkeypat
     monkeypatch.setattr(advice, "WINDOW", 0.0)
     assert train("--no-knn", "--max-steps", 3) == 0
     waits = [row["data_wait"] for row in read_metrics(tmp_path / "run")]
-    assert all(0.3 < wait <= 1 for wait in waits)
+    assert all(0.3 < wait <= 1 for wait in waits[1:])  # the first step's own time is longer
     assert capsys.readouterr().out.count("data wait") >= 4  # in each row, and in the advice
 
 
 def test_tensorboard_has_each_step_of_a_run_that_went_on_once(train, losses, tmp_path):
     assert train("--no-knn", "--max-steps", 4) == 0
-    assert train("--no-knn") == 0
+    (tmp_path / "run" / "checkpoint_00000004.pt").unlink()
+    assert train("--no-knn") == 0  # from step 3 on: the fourth comes again
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     assert {"loss", "lr", "images_per_second", "data_wait"} <= set(events.Tags()["scalars"])
@@ -77,8 +78,9 @@ def test_a_terminal_gets_one_live_line(monkeypatch):
     assert "step 5/10" not in shown.getvalue()  # which is the plain form
 
 
-def test_a_rank_that_lives_but_stands_still_is_named():
+def test_a_rank_that_lives_but_stands_still_is_named(monkeypatch):
     """As where its storage stalls: it beats, and the others wait for it."""
+    monkeypatch.setattr(Heartbeat, "INTERVAL", 2.0)  # patient with a busy machine
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=60))
     worlds = [World(rank, rank, 2, 2, torchrun=True) for rank in range(2)]
     first, second = (Heartbeat(world, store, 3600, pytest.fail, lambda: None) for world in worlds)
