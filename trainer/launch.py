@@ -1,9 +1,11 @@
 """From a command line to a finished run: prepare, train, judge; errors become one line and an exit code."""
 
 import errno
+import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,7 @@ def _lead(argv: list[str], world: World, store: dist.Store | None, display: Disp
 
 def _packed(start: Start) -> dict[str, Any]:
     flags = {name: value for name, value in start.config.flags().items() if name not in _NOT_SHARED}
-    kept = {"gone": start.gone, "has_val": start.has_val, "bound": start.bound}
+    kept = {"gone": start.gone, "has_val": start.has_val, "bound": start.bound, "device": start.device}
     return {"flags": flags, "checkpoint": str(start.checkpoint or ""), **kept}
 
 
@@ -119,7 +121,8 @@ def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | 
         print(f"warning: rank {world.rank} takes the flags of rank 0: {phrases}", flush=True)
     config = configuration.replace(config, **leading)
     file = Path(found["checkpoint"]) if found["checkpoint"] else None
-    return Start(config, file, gone=found["gone"], has_val=found["has_val"], bound=found["bound"])
+    kept = {name: found[name] for name in ("gone", "has_val", "bound", "device")}
+    return Start(config, file, **kept)
 
 
 def _train(
@@ -128,9 +131,14 @@ def _train(
     config, out = start.config, start.config.run.out
     trained: Engine | None = None  # once it stands where the run does
     begun = start.state["step"] if start.state else 0
-    status = Status(out if world.rank == 0 else None, display.warn)
+    status = Status(out, display.warn, leads=world.rank == 0)
     # From here on, as what comes before the first step may take minutes, and a machine may be taken away in them, too.
     with status.during(lambda: begun if trained is None else trained.step):
+        if device.type != start.device:  # else the ranks would wait for each other in two kinds of process group
+            raise ConfigError(
+                f"rank {world.rank} on {socket.gethostname()} computes on {device.type} and rank 0 on {start.device}; "
+                "see what is wrong with the GPU there (make doctor), or give --device cpu"
+            )
         join(world, store, device, config.run.timeout)
         index, val = together(partial(_indices, start, world))
         threads = config.data.workers or world.default_threads()
@@ -178,10 +186,11 @@ def _train_on(engine: Engine, store: dist.Store | None, display: Display, signal
         f"augment {config.data.augment}, amp {config.run.amp}, compile {config.run.compile}, "
         f"step {engine.step} of {engine.last}"
     )
-    with signals.patiently():  # steps and judgings end together on all ranks, when they see that they are to stop
+    # Steps and judgings end together on all ranks, when they see that they are to stop.
+    with signals.patiently(), _watched(engine, store, display, signals) as heartbeat:
         if judge.trees and engine.step == 0:
             engine.notes["knn_before"] = judge.accuracy()
-        if not _fit(engine, store, display, signals, judge):
+        if not _fit(engine, display, signals, heartbeat, judge):
             display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
             return False
         after = judge.accuracy()
@@ -214,25 +223,18 @@ def _load(engine: Engine, start: Start, display: Display) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: StopSignals, judge: Judge) -> bool:
-    """Train to the end, with all that watches over it; False if a signal stopped it before."""
-    run, world = engine.config.run, engine.world
-    keep_steps = run.keep_every and run.keep_every * engine.steps_per_epoch
-    saver = Saver(run.out, run.keep, keep_steps, run.save_minutes, display.warn) if world.rank == 0 else None
-    written = engine.step - (UNJUDGED in engine.notes)
-    log = MetricsLog(run.out, written, display.warn) if world.rank == 0 else None
+@contextmanager
+def _watched(engine: Engine, store: dist.Store | None, display: Display, signals: StopSignals) -> Iterator[Heartbeat]:
+    """Around training and judging: a rank that is gone or hangs is named, and so is what a rank alone has met."""
+    run = engine.config.run
 
     def ended(reason: str) -> None:
         _report(TrainingError(reason), 1)
         Status(run.out, display.warn).write("failed", engine.step, reason)  # rank 0 may be the one that hangs
 
-    heartbeat = Heartbeat(world, store, run.timeout, ended, signals.ask)
-    display.start(engine.step, engine.last)
+    heartbeat = Heartbeat(engine.world, store, run.timeout, ended, signals.ask)
     try:
-        votes = Votes(run.timeout)
-        finished = fit(engine, saver, log, display, votes, signals, heartbeat, judge)
-        votes.settle()
-        return finished
+        yield heartbeat
     except TrainingError:
         raise
     except DatasetError as error:  # of this rank's images
@@ -245,6 +247,22 @@ def _fit(engine: Engine, store: dist.Store | None, display: Display, signals: St
         raise
     finally:
         heartbeat.close()
+
+
+def _fit(engine: Engine, display: Display, signals: StopSignals, heartbeat: Heartbeat, judge: Judge) -> bool:
+    """Train to the end; False if a signal stopped it before."""
+    run, world = engine.config.run, engine.world
+    keep_steps = run.keep_every and run.keep_every * engine.steps_per_epoch
+    saver = Saver(run.out, run.keep, keep_steps, run.save_minutes, display.warn) if world.rank == 0 else None
+    written = engine.step - (UNJUDGED in engine.notes)
+    log = MetricsLog(run.out, written, display.warn) if world.rank == 0 else None
+    display.start(engine.step, engine.last)
+    try:
+        votes = Votes(run.timeout)
+        finished = fit(engine, saver, log, display, votes, signals, heartbeat, judge)
+        votes.settle()
+        return finished
+    finally:
         display.stop()
         if saver is not None:
             saver.wait()

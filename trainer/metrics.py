@@ -82,6 +82,11 @@ class MetricsLog:
                 self._warn(f"{self.file} cannot be written: {error.strerror}; training goes on, its rows follow later")
         self._draw(row)
 
+    def sync(self) -> None:
+        """Have the rows on the disk before a checkpoint is, or a crash of the machine would leave a gap in them."""
+        with suppress(OSError):
+            os.fsync(self._rows.fileno())
+
     def _append(self) -> None:
         """Write the rows that wait, all or none."""
         whole = os.fstat(self._rows.fileno()).st_size
@@ -109,7 +114,7 @@ class MetricsLog:
         """Flush both, with the rows that found no room before, if there is room now."""
         with suppress(OSError):
             self._append()
-            os.fsync(self._rows.fileno())
+        self.sync()
         self._rows.close()
         if self._tensorboard is not None:
             with suppress(OSError):

@@ -45,6 +45,7 @@ class Start:
     gone: list[int] = field(default_factory=list)  # rows of the index that are known to be bad by now
     has_val: bool = False  # whether there are images to judge features on
     bound: bool = False  # it goes on, and must learn the same
+    device: str = "cpu"  # kind of rank 0's
     folder: RunFolder | None = None  # rank 0 holds its lock
 
 
@@ -129,7 +130,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     folder.sweep()
     if not folder.has_locks:
         display.say(f"warning: the filesystem of {config.run.out} has no locks; start only one run in that folder")
-    return Start(config, file, state, gone, val is not None, bound, folder)
+    return Start(config, file, state, gone, val is not None, bound, device.type, folder)
 
 
 def check_image_size(config: Config, model: MoCoV3) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer.config import Config, ConfigError, disagreements
 CONFIG = "config.json"
 LOCK = "lock"
 STATUS = "status.json"
+LEASE = 180  # seconds that a lock may outlive its machine
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -62,6 +64,9 @@ class RunFolder:
     def lock(self) -> None:
         """Keep other processes out until `release`; creates the folder. `has_locks` says if its filesystem cannot.
 
+        In a job of SLURM another process is waited for, as on a network file system that may be one of a machine that
+        is gone, which keeps its lock for some minutes.
+
         Raises:
             ConfigError: another process has it, or it cannot be written.
         """
@@ -70,7 +75,14 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in reversed(range(1 + (LEASE if "SLURM_JOB_ID" in os.environ else 0))):
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if not left:
+                        raise
+                    time.sleep(1.0)
         except BlockingIOError:
             self.release()
             raise ConfigError(f"--out {self.path} is in use by another process; wait for it or stop it") from None

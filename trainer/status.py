@@ -40,18 +40,26 @@ def write_status(folder: Path, status: State, step: int | None, reason: str = ""
 class Status:
     """The status of the run that this process trains; a folder that cannot be written costs a warning."""
 
-    def __init__(self, folder: Path | None, warn: Callable[[str], None]) -> None:
-        """`folder`: None on ranks that leave it to rank 0."""
-        self._folder, self._warn = folder, warn
+    def __init__(self, folder: Path, warn: Callable[[str], None], leads: bool = True) -> None:
+        """`leads`: on rank 0; the others tell of failures only."""
+        self._folder, self._warn, self._leads = folder, warn, leads
 
     def write(self, status: State, step: int, reason: str = "") -> None:
-        """Replace `status.json`."""
-        if self._folder is None:
+        """Replace `status.json`; but the first failure of any rank stays, as what follows on the others is its work."""
+        if status != "failed" and not self._leads:
+            return
+        if status in ("failed", "preempted") and self._has_failed():
             return
         try:
             write_status(self._folder, status, step, reason)
         except OSError as error:
             self._warn(f"{self._folder / STATUS} could not be written: {error.strerror}")
+
+    def _has_failed(self) -> bool:
+        try:
+            return bool(json.loads((self._folder / STATUS).read_bytes())["status"] == "failed")
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     @contextmanager
     def during(self, step: Callable[[], int]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import itertools
 import json
 import time
 
@@ -14,7 +15,8 @@ from dali_pipes import ViewLoader
 from trainer import advice
 from trainer.distributed import World
 from trainer.heartbeat import Heartbeat
-from trainer.metrics import Display, read_metrics
+from trainer.metrics import Display, MetricsLog, read_metrics
+from trainer.saving import Saver
 
 
 def test_rows_come_every_so_many_steps_and_at_each_epochs_end(train, tmp_path):
@@ -46,6 +48,25 @@ def test_a_loader_that_is_slow_is_told_and_advised_on(train, tmp_path, monkeypat
     waits = [row["data_wait"] for row in read_metrics(tmp_path / "run")]
     assert all(0.3 < wait <= 1 for wait in waits[1:])  # the first step's own time is longer
     assert capsys.readouterr().out.count("data wait") >= 4  # in each row, and in the advice
+
+
+def test_the_rows_are_on_the_disk_before_a_checkpoint_that_stands_behind_them(train, monkeypatch):
+    done = []
+    sync, save = MetricsLog.sync, Saver.save
+
+    def synced(log):
+        done.append("rows")
+        sync(log)
+
+    def saved(saver, state):
+        done.append("checkpoint")
+        return save(saver, state)
+
+    monkeypatch.setattr(MetricsLog, "sync", synced)
+    monkeypatch.setattr(Saver, "save", saved)
+    assert train("--save-every", 2, "--knn-every", 1) == 0
+    assert done.count("checkpoint") > 5
+    assert all(before == "rows" for before, now in itertools.pairwise(done) if now == "checkpoint")
 
 
 def test_tensorboard_has_each_step_of_a_run_that_went_on_once(train, losses, tmp_path):

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
-from tests.trainer.conftest import ROOT, status, wait_for_row
+from tests.trainer.conftest import ROOT, command, lives, rank_processes, status, wait_for_row
 from trainer import launch, preparation
 from trainer.loop import TrainingError
+from trainer.signals import Stopped
+from trainer.status import Status
 
 # Waits inside C code, as in a collective whose peer is gone: Python's own handlers do not run there.
 STUCK = """
@@ -84,6 +87,71 @@ def test_sigterm_while_features_are_judged(step, train, judging_stopped_at, tmp_
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["knn_before"] is not None
     assert summary["knn_after"] is not None
+
+
+def test_a_failure_of_any_rank_stays_where_torchrun_then_stops_the_others(tmp_path):
+    """Else a run whose rank crashes at each start would look preempted, and be queued again for ever."""
+    first, second = (Status(tmp_path, pytest.fail, leads=leads) for leads in (True, False))
+    with suppress(Stopped), first.during(lambda: 7):
+        with suppress(RuntimeError), second.during(lambda: 7):
+            assert status(tmp_path)["status"] == "running"
+            raise RuntimeError("CUDA error on rank 1")
+        raise Stopped
+    assert (status(tmp_path)["status"], status(tmp_path)["reason"]) == ("failed", "CUDA error on rank 1")
+    first.write("running", 7)  # the next start
+    assert status(tmp_path)["status"] == "running"
+    second.write("finished", 7)
+    assert status(tmp_path)["status"] == "running"
+
+
+JUDGING = """
+import sys, time
+from trainer import launch
+from trainer.judgement import Judge
+measure = Judge._measure
+
+def slowly(*arguments):
+    print("judging", flush=True)
+    time.sleep(8)
+    return measure(*arguments)
+
+Judge._measure = slowly
+sys.exit(launch.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["torchrun", "rank 1"])
+def test_what_is_killed_before_the_first_step_is_noticed(killed, sample, tmp_path):
+    """While features are judged no step is under way, and no row of metrics tells where a run is."""
+    (tmp_path / "judging.py").write_text(JUDGING)
+    run = [*command("--data", sample, "--out", tmp_path / "run", ranks=2)]
+    run[run.index(str(ROOT / "train_ddp.py"))] = str(tmp_path / "judging.py")
+    process = subprocess.Popen(
+        run, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        while "judging" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(2)  # until the other rank is there as well
+        ranks = rank_processes(process)
+        os.kill(process.pid if killed == "torchrun" else ranks[1], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while lives(ranks[0]):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        found = status(tmp_path / "run")
+        if killed == "torchrun":
+            assert (found["status"], found["step"]) == ("preempted", 0)
+        else:
+            assert found["status"] == "failed"
+            assert "no sign of life from rank 1 (node 0" in found["reason"]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.mark.slow

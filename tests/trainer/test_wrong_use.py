@@ -1,5 +1,6 @@
 """Bad input: one line that says what, which value and how to mend it, exit code 2, and nothing touched."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -11,7 +12,9 @@ import torch
 from model import MoCoV3
 from trainer import config as configuration
 from trainer import distributed, launch, preparation
+from trainer.config import ConfigError
 from trainer.metrics import MetricsLog
+from trainer.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -38,6 +41,40 @@ def test_a_name_that_tensorboard_cannot_take(train, tmp_path, capsys):
     assert train(out="n\udcffme") == 2
     assert "is no UTF-8, which TensorBoard asks for; rename it" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_on_another_kind_of_device_than_rank_0(train, monkeypatch, tmp_path, capsys):
+    lead = launch._lead
+
+    def on_a_gpu(*arguments):
+        start = lead(*arguments)
+        assert start is not None
+        return dataclasses.replace(start, device="cuda")
+
+    monkeypatch.setattr(launch, "_lead", on_a_gpu)
+    assert train() == 2
+    assert "computes on cpu and rank 0 on cuda; see what is wrong with the GPU there" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_lock_of_a_machine_that_is_gone_is_waited_for_in_slurm(tmp_path, monkeypatch):
+    gone, here = RunFolder(tmp_path), RunFolder(tmp_path)
+    gone.lock()
+    pauses: list[float] = []
+    monkeypatch.setattr("trainer.run_folder.time.sleep", pauses.append)
+    with pytest.raises(ConfigError, match="is in use by another process"):
+        here.lock()
+    assert pauses == []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(ConfigError, match="is in use by another process"):
+        here.lock()
+    assert sum(pauses) == 180
+    monkeypatch.setattr("trainer.run_folder.time.sleep", lambda seconds: gone.release())
+    here.lock()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with pytest.raises(ConfigError):
+        gone.lock()
+    here.release()
 
 
 def test_empty_data_folder(refused, tmp_path):
