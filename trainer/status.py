@@ -45,21 +45,24 @@ class Status:
         self._folder, self._warn, self._leads = folder, warn, leads
 
     def write(self, status: State, step: int, reason: str = "") -> None:
-        """Replace `status.json`; but the first failure of any rank stays, as what follows on the others is its work."""
-        if status != "failed" and not self._leads:
+        """Replace `status.json`; but the first failure of any rank stays, as what follows on the others is its work.
+
+        So does a stop of rank 0: to the other ranks it looks like a lost connection.
+        """
+        if not self._leads and (status != "failed" or self._now() != "running"):
             return
-        if status in ("failed", "preempted") and self._has_failed():
+        if status in ("failed", "preempted") and self._now() == "failed":
             return
         try:
             write_status(self._folder, status, step, reason)
         except OSError as error:
             self._warn(f"{self._folder / STATUS} could not be written: {error.strerror}")
 
-    def _has_failed(self) -> bool:
+    def _now(self) -> str:
         try:
-            return bool(json.loads((self._folder / STATUS).read_bytes())["status"] == "failed")
+            return str(json.loads((self._folder / STATUS).read_bytes())["status"])
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return ""
 
     @contextmanager
     def during(self, step: Callable[[], int]) -> Iterator[None]:

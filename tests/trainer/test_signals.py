@@ -102,6 +102,9 @@ def test_a_failure_of_any_rank_stays_where_torchrun_then_stops_the_others(tmp_pa
     assert status(tmp_path)["status"] == "running"
     second.write("finished", 7)
     assert status(tmp_path)["status"] == "running"
+    first.write("preempted", 7)
+    second.write("failed", 7, "connection closed by peer")
+    assert status(tmp_path)["status"] == "preempted"
 
 
 JUDGING = """
