@@ -1,8 +1,11 @@
 """A run of the real command on generated images, for what evaluates runs."""
 
+import json
+
 import pytest
 
 from dali_pipes.synthetic import generate
+from evaluate import main
 from tests.trainer.conftest import TINY
 from trainer import run
 
@@ -25,3 +28,29 @@ def trained(sample, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation") / "run"
     assert run([*TINY, "--data", str(sample), "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def evaluate(trained, sample):
+    """Evaluate the run in this process; returns the JSON of that name."""
+
+    def call(*flags, name):
+        assert main([*map(str, flags), "--run", str(trained), "--data", str(sample)]) == 0
+        return json.loads((trained / "eval" / f"{name}.json").read_text())
+
+    return call
+
+
+@pytest.fixture
+def refused(trained, sample, tmp_path, capsys):
+    """Check that a command is refused with one line and leaves no result; returns the line."""
+
+    def call(*flags, run=trained, data=sample):
+        before = {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
+        assert main([*map(str, flags), "--run", str(run), "--data", str(data), "--device", "cpu"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("evaluate.py: error: ")
+        assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
+        return line
+
+    return call

@@ -144,3 +144,19 @@ def lives(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.fixture
+def refused(train, tmp_path, capsys):
+    """Check that a command is refused with a line and leaves no trace; returns the line."""
+
+    def call(*flags, out="run"):
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        assert train(*flags, out=out) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1
+        assert errors[0].startswith("train_ddp.py: error: ")
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+        return errors[0]
+
+    return call

@@ -94,14 +94,18 @@ def test_a_run_that_collapses_is_told_once(train, monkeypatch, tmp_path, capsys)
         assert row["grad_norm"] > 0
 
 
-def test_the_norm_is_that_of_all_gradients_and_clips_them(sample):
-    plain, clipped = (
-        engine_for(sample / "train", "--warmup-epochs", 0, "--optimizer", "lars", "--dtype", "float64", *flags)
-        for flags in ([], ["--clip-grad", 0.01])
-    )
-    for engine in (plain, clipped):
+def plain_and_clipped(sample, *precision):
+    """Two engines after a step on the same views, the gradients of the second clipped to a norm of 0.01."""
+    flags = ["--warmup-epochs", 0, "--optimizer", "lars", *precision]
+    engines = [engine_for(sample / "train", *flags, *clip) for clip in ([], ["--clip-grad", 0.01])]
+    for engine in engines:
         engine.train_step(views_for(engine, 0))
         engine.loader.close()
+    return engines
+
+
+def test_the_norm_is_that_of_all_gradients_and_clips_them(sample):
+    plain, clipped = plain_and_clipped(sample, "--dtype", "float64")
     theirs, ours = gradients(plain), gradients(clipped)
     norm = torch.cat([each.flatten() for each in theirs.values()]).norm().item()
     assert plain.watch.read().numbers["grad_norm"] == pytest.approx(norm)
@@ -112,13 +116,7 @@ def test_the_norm_is_that_of_all_gradients_and_clips_them(sample):
 
 
 def test_fp16_clips_what_the_gradients_are_without_their_scale(sample):
-    plain, clipped = (
-        engine_for(sample / "train", "--warmup-epochs", 0, "--optimizer", "lars", "--amp", "fp16", *flags)
-        for flags in ([], ["--clip-grad", 0.01])
-    )
-    for engine in (plain, clipped):
-        engine.train_step(views_for(engine, 0))
-        engine.loader.close()
+    plain, clipped = plain_and_clipped(sample, "--amp", "fp16")
     norm = torch.cat([each.flatten() for each in gradients(plain).values()]).norm().item()
     assert norm > 0.1
     assert clipped.watch.read().numbers["grad_norm"] == pytest.approx(norm, rel=1e-2)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 
@@ -12,35 +11,11 @@ import torch
 from model import MoCoV3
 from trainer import config as configuration
 from trainer import distributed, launch, preparation
-from trainer.config import ConfigError
 from trainer.metrics import MetricsLog
-from trainer.run_folder import RunFolder
-
-
-@pytest.fixture
-def refused(train, tmp_path, capsys):
-    """Check that a command is refused with a line and leaves no trace; returns the line."""
-
-    def call(*flags, out="run"):
-        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-        assert train(*flags, out=out) == 2
-        errors = capsys.readouterr().err.strip().splitlines()
-        assert len(errors) == 1
-        assert errors[0].startswith("train_ddp.py: error: ")
-        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-        return errors[0]
-
-    return call
 
 
 def test_missing_data_folder(refused, tmp_path):
     assert str(tmp_path / "nowhere") in refused("--data", tmp_path / "nowhere")
-
-
-def test_a_name_that_tensorboard_cannot_take(train, tmp_path, capsys):
-    assert train(out="n\udcffme") == 2
-    assert "is no UTF-8, which TensorBoard asks for; rename it" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_on_another_kind_of_device_than_rank_0(train, monkeypatch, tmp_path, capsys):
@@ -55,26 +30,6 @@ def test_a_rank_on_another_kind_of_device_than_rank_0(train, monkeypatch, tmp_pa
     assert train() == 2
     assert "computes on cpu and rank 0 on cuda; see what is wrong with the GPU there" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
-
-
-def test_a_lock_of_a_machine_that_is_gone_is_waited_for_in_slurm(tmp_path, monkeypatch):
-    gone, here = RunFolder(tmp_path), RunFolder(tmp_path)
-    gone.lock()
-    pauses: list[float] = []
-    monkeypatch.setattr("trainer.run_folder.time.sleep", pauses.append)
-    with pytest.raises(ConfigError, match="is in use by another process"):
-        here.lock()
-    assert pauses == []
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with pytest.raises(ConfigError, match="is in use by another process"):
-        here.lock()
-    assert sum(pauses) == 180
-    monkeypatch.setattr("trainer.run_folder.time.sleep", lambda seconds: gone.release())
-    here.lock()
-    monkeypatch.delenv("SLURM_JOB_ID")
-    with pytest.raises(ConfigError):
-        gone.lock()
-    here.release()
 
 
 def test_empty_data_folder(refused, tmp_path):
@@ -143,38 +98,6 @@ def test_more_ranks_than_gpus(monkeypatch):
         distributed.choose_device("auto", world)
 
 
-def test_out_of_another_run(train, refused, capsys):
-    assert train("--no-knn", "--max-steps", 1) == 0
-    capsys.readouterr()
-    assert "--seed is 0 there, 5 here" in refused("--seed", 5)
-    assert "--amp is off there, bf16 here" in refused("--amp", "bf16")
-
-
-def test_out_of_a_run_on_other_images(train, refused, sample, capsys):
-    assert train("--no-knn", "--max-steps", 1) == 0
-    capsys.readouterr()
-    assert "the images are others" in refused("--data", sample / "val")
-
-
-def test_out_that_holds_something_else(refused, tmp_path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
-    assert "is not empty and holds no run" in refused(out="thesis")
-    (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads" / "film.part").write_text("half, and not ours")
-    assert "is not empty and holds no run" in refused(out="downloads")
-    (tmp_path / "file").write_text("x")
-    assert "is a file" in refused(out="file")
-    assert "cannot be used: File name too long" in refused(out="n" * 300)
-
-
-def test_a_damaged_configuration(train, refused, tmp_path, capsys):
-    assert train("--no-knn", "--max-steps", 1) == 0
-    capsys.readouterr()
-    (tmp_path / "run" / "config.json").write_text('{"flags": ')
-    assert "config.json is damaged" in refused()
-
-
 @pytest.mark.parametrize(("arch", "size", "own"), [("convnext_atto", 16, 224), ("crossvit_9_240", 224, 240)])
 def test_an_architecture_that_cannot_read_images_of_that_size(refused, arch, size, own):
     sizes = ["--embed-dim", "None", "--depth", "None", "--num-heads", "None"]
@@ -190,26 +113,6 @@ def test_a_disk_that_fails_is_named(train, monkeypatch, capsys):
     monkeypatch.setattr("trainer.preparation.training_tree", failing)
     assert train() == 1
     assert capsys.readouterr().err == "train_ddp.py: error: [Errno 5] Input/output error: '/data/train/a.jpg'\n"
-
-
-def test_a_filesystem_without_locks_is_said(train, monkeypatch, capsys):
-    def none(*args):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", none)
-    assert train("--no-knn", "--max-steps", 1) == 0
-    assert "has no locks; start only one run in that folder" in capsys.readouterr().out
-
-
-def test_out_in_use_by_another_process(train, refused, tmp_path, capsys):
-    assert train("--no-knn", "--max-steps", 1) == 0
-    capsys.readouterr()
-    lock = os.open(tmp_path / "run" / "lock", os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        assert "is in use by another process" in refused()
-    finally:
-        os.close(lock)
 
 
 def test_resume_of_a_missing_or_another_runs_checkpoint(train, refused, tmp_path, capsys):
@@ -237,40 +140,6 @@ def test_a_run_that_goes_on_by_itself_takes_no_other_start(train, refused, tmp_p
     capsys.readouterr()
     other = refused("--no-knn", "--resume", tmp_path / "run" / "checkpoint_00000002.pt", out="new")
     assert f"began from {first}" in other
-
-
-def test_what_a_start_without_a_checkpoint_has_told_is_forgotten(train, losses, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def killed(*_, **__):
-        raise Killed
-
-    assert train("--no-knn", "--max-steps", 4, out="first") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr("trainer.loop._save", killed)
-        with pytest.raises(Killed):
-            train("--no-knn", "--seed", 1)
-    assert losses()
-    events = list((tmp_path / "run").glob("events.out.tfevents.*"))
-    assert train("--no-knn", "--resume", tmp_path / "first" / "checkpoint_00000004.pt") == 0
-    assert list(losses()) == [5, 6, 7, 8, 9]
-    assert not any(file.exists() for file in events)
-
-
-def test_a_damaged_index_of_the_run_is_said_with_the_mend(train, refused, tmp_path, capsys):
-    assert train("--no-knn", "--max-steps", 1) == 0
-    capsys.readouterr()
-    (tmp_path / "run" / "train_index.npz").write_bytes(b"rubbish")
-    assert "train_index.npz is damaged; restore it, or remove it" in refused("--no-knn")
-    (tmp_path / "run" / "train_index.npz").unlink()
-    assert train("--no-knn", "--max-steps", 2) == 0
-
-
-def test_a_node_that_does_not_see_the_run_folder_says_so(tmp_path):
-    start = preparation.Start(configuration.parse(["demo", "--data", str(tmp_path), "--out", str(tmp_path)]), None)
-    with pytest.raises(configuration.ConfigError, match="rank 1 does not see what rank 0 wrote"):
-        launch._indices(start, distributed.World(rank=1, size=2))
 
 
 def test_out_of_memory_says_which_batch_would_fit(train, monkeypatch, capsys):
@@ -405,18 +274,3 @@ def test_a_pickle_that_would_run_code_is_named_and_does_not(refused, tmp_path, m
 
 def test_heads_that_do_not_divide_the_width(refused):
     assert "num_heads" in refused("--num-heads", 3)
-
-
-def test_a_run_that_another_process_made_meanwhile_is_not_replaced(train, capsys, tmp_path, monkeypatch):
-    """The images are looked at for minutes, before the folder is claimed."""
-    scan = preparation._scan
-
-    def beside(*arguments):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "checkpoint_00000300.pt").write_bytes(b"of another process")
-        return scan(*arguments)
-
-    monkeypatch.setattr(preparation, "_scan", beside)
-    assert train() == 2
-    assert "another process has trained there meanwhile" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoint_00000300.pt").read_bytes() == b"of another process"
