@@ -4,7 +4,7 @@
 
 The trainer's step as it is fast (bf16, compiled where there is a compiler, channels_last, fused) beside plain eager
 float32 steps from the same weights, both once for each of several seeds (`--rounds`). Rounding alone drives two runs
-apart, as far as two seeds are in the end; so what counts is whether the one kind ends lower or higher with every seed.
+apart; so what counts is whether the one kind ends lower or higher with every seed.
 With `--float8` the optimised step runs once more, with float8 linear layers.
 """
 

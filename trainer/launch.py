@@ -253,9 +253,10 @@ def _fit(engine: Engine, display: Display, signals: StopSignals, heartbeat: Hear
     """Train to the end; False if a signal stopped it before."""
     run, world = engine.config.run, engine.world
     keep_steps = run.keep_every and run.keep_every * engine.steps_per_epoch
-    saver = Saver(run.out, run.keep, keep_steps, run.save_minutes, display.warn) if world.rank == 0 else None
-    written = engine.step - (UNJUDGED in engine.notes)
-    log = MetricsLog(run.out, written, display.warn) if world.rank == 0 else None
+    saver, log = None, None
+    if world.rank == 0:
+        log = MetricsLog(run.out, engine.step - (UNJUDGED in engine.notes), display.warn)
+        saver = Saver(run.out, run.keep, keep_steps, run.save_minutes, display.warn, first=log.sync)
     display.start(engine.step, engine.last)
     try:
         votes = Votes(run.timeout)

@@ -97,8 +97,7 @@ def fit(
                 # Judging may take minutes, and a machine that is taken away leaves seconds: saved before it, and again
                 # with the history that it adds to, so that a run that goes on judges nothing twice.
                 engine.notes[UNJUDGED] = row
-                if log is not None and saver is not None:
-                    log.sync()
+                if saver is not None:
                     saver.save(engine.state_dict())
                 if stopped or not _judge(row, engine, judge):
                     if saver is not None:
@@ -106,8 +105,6 @@ def fit(
                     return False
             if log is not None:
                 log.write(row)
-                if saves:
-                    log.sync()
             if advice := advisor.hear(waited, elapsed):
                 display.say(advice)
             if seen.fatal is not None:

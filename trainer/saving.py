@@ -20,8 +20,16 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, keep: int, keep_steps: int | None, minutes: float | None, warn: Callable[[str], None]
+        self,
+        folder: Path,
+        keep: int,
+        keep_steps: int | None,
+        minutes: float | None,
+        warn: Callable[[str], None],
+        first: Callable[[], None] = lambda: None,
     ) -> None:
+        """`first`: called by the thread before it writes."""
+        self._first = first
         self._folder, self._keep, self._keep_steps, self._warn = folder, keep, keep_steps, warn
         self._seconds = None if minutes is None else minutes * 60
         self._copy: dict[str, Any] = {}  # kept from save to save: pinned memory is slow to get
@@ -57,6 +65,7 @@ class Saver:
 
     def _write(self) -> None:
         try:
+            self._first()
             checkpoint.save(self._folder, self._copy, self._keep, self._keep_steps)
             self._error = None
         except checkpoint.NotRemoved as error:

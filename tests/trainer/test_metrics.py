@@ -12,11 +12,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from dali_pipes import ViewLoader
-from trainer import advice
+from trainer import advice, checkpoint
 from trainer.distributed import World
 from trainer.heartbeat import Heartbeat
 from trainer.metrics import Display, MetricsLog, read_metrics
-from trainer.saving import Saver
 
 
 def test_rows_come_every_so_many_steps_and_at_each_epochs_end(train, tmp_path):
@@ -52,18 +51,18 @@ def test_a_loader_that_is_slow_is_told_and_advised_on(train, tmp_path, monkeypat
 
 def test_the_rows_are_on_the_disk_before_a_checkpoint_that_stands_behind_them(train, monkeypatch):
     done = []
-    sync, save = MetricsLog.sync, Saver.save
+    sync, save = MetricsLog.sync, checkpoint.save
 
     def synced(log):
         done.append("rows")
         sync(log)
 
-    def saved(saver, state):
+    def saved(*arguments):
         done.append("checkpoint")
-        return save(saver, state)
+        return save(*arguments)
 
     monkeypatch.setattr(MetricsLog, "sync", synced)
-    monkeypatch.setattr(Saver, "save", saved)
+    monkeypatch.setattr(checkpoint, "save", saved)
     assert train("--save-every", 2, "--knn-every", 1) == 0
     assert done.count("checkpoint") > 5
     assert all(before == "rows" for before, now in itertools.pairwise(done) if now == "checkpoint")
