@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.environment import PACKAGES, ROOT, commit, cpu_model, package_version
+from dali_pipes.cores import usable_cores
 
 State = Literal["ok", "note", "slow", "missing"]
 LEAST_FREE_GB = 20  # a ViT-B checkpoint is 1.7 GB, and two are kept
@@ -61,7 +62,7 @@ def examine() -> list[Finding]:
 
 def machine() -> Finding:
     """Cores and memory that this process may use."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     text = f"{cpu_model()}, {cores} cores, {memory:.0f} GB; {platform.platform()}"
     if cores < CORES_A_GPU * _gpu_count():

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dali_pipes.cores import usable_cores
+
 BUSY_SHARE = 0.1  # of the cores, from which on a machine counts as shared
 LOOK_SECONDS = 1.0
 ROOT = Path(__file__).parents[1]
@@ -22,7 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     `hardware` is the short name by which results are told apart. `busy_cores` says how many cores others kept busy when
     the benchmark started. Takes a second, to see that.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     gpu = _gpu(device) if device.type == "cuda" else None
     return {
         "hardware": gpu["name"] if gpu else f"{cpu_model()} {cores} cores",

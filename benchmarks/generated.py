@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.pictures import VERSION, file_name, write
 from dali_pipes import DatasetIndex
+from dali_pipes.cores import usable_cores
 
 FOLDER = Path("data/benchmark")
 MARKER = "generated.json"
@@ -36,7 +37,7 @@ def generated(folder: Path, count: int, scale: float = 1.0) -> DatasetIndex:
     missing = [i for i in range(count) if not (tree / file_name(i)).exists()]
     if missing:
         # A fresh interpreter a worker: this process may already run DALI's threads, which a fork would cut off.
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        with ProcessPoolExecutor(usable_cores(), get_context("spawn")) as pool:
             for _ in pool.map(partial(write, tree=tree, scale=scale), missing, chunksize=8):
                 pass
         (tree.parent / MARKER).write_text(json.dumps({"version": VERSION, "scale": scale}) + "\n")

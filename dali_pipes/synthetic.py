@@ -34,6 +34,8 @@ import tyro
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
+from dali_pipes.cores import usable_cores
+
 VERSION = 2  # of the pictures: raise it with any change that alters a byte of them
 
 MARKER = "synthetic.json"  # the parameters; in the folder itself once it is complete
@@ -326,7 +328,7 @@ def _draw(out: Path, seed: int, counts: dict[str, int], parameters: str, process
         for class_name in CLASSES:
             (out / split / class_name).mkdir(parents=True, exist_ok=True)
     tasks = [(split, class_name, i) for split in SPLITS for class_name in CLASSES for i in range(counts[split])]
-    workers = processes or len(os.sched_getaffinity(0))
+    workers = processes or usable_cores()
     # Fork, as torch's DataLoader does: a fresh interpreter would first import all that this package imports.
     with ProcessPoolExecutor(workers, get_context("fork"), initializer=_start_worker) as pool:
         for _ in pool.map(partial(_write, out=out, seed=seed), tasks, chunksize=8):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dali_pipes import DatasetError
+from dali_pipes.cores import usable_cores
 from trainer.config import ConfigError
 from trainer.signals import Stopped
 
@@ -45,8 +46,8 @@ class World:
         return cls(rank, local_rank, size, local_size, torchrun=True, node=int(os.environ.get("GROUP_RANK", 0)))
 
     def cores(self) -> int:
-        """Cores of this rank: the machine's, shared among its ranks."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+        """Cores of this rank: the machine's or container's, shared among its ranks."""
+        return max(1, usable_cores() // self.local_size)
 
     def default_threads(self) -> int:
         """DALI threads of this rank: one a core, at most 16."""
