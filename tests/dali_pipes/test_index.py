@@ -1,5 +1,6 @@
 """The table of a dataset: its rows, scanned, saved and loaded."""
 
+import dataclasses
 import os
 import threading
 import time
@@ -12,7 +13,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dali_pipes import DatasetError, DatasetIndex
-from dali_pipes.file_check import FileCheck
+from dali_pipes.file_check import MOST_PIXELS, FileCheck
 from tests.dali_pipes.odd_files import encoded, picture, write_odd_files
 
 
@@ -171,6 +172,54 @@ def test_a_file_that_is_no_index(tmp_path):
         DatasetIndex.load(tmp_path / "index.npz")
     with pytest.raises(DatasetError, match="no such index"):
         DatasetIndex.load(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize(
+    ("column", "first", "reason"),
+    [
+        ("labels", 3, "a label is of no class"),
+        ("labels", -1, "a label is of no class"),
+        ("widths", 0, "an image has no size that can be"),
+        ("heights", -5, "an image has no size that can be"),
+        ("widths", MOST_PIXELS // 45 + 1, "an image has no size that can be"),  # the first image is 45 px high
+        ("file_sizes", -1, "less than no bytes"),
+    ],
+)
+def test_an_index_that_no_scan_could_have_made_is_refused(column, first, reason, tree, tmp_path):
+    index = DatasetIndex.scan(tree)
+    assert len(index.classes) == 3
+    assert index.heights[0] == 45
+    values = getattr(index, column).copy()
+    values[0] = first
+    dataclasses.replace(index, **{column: values}).save(tmp_path / "index.npz")
+    with pytest.raises(DatasetError, match=reason):
+        DatasetIndex.load(tmp_path / "index.npz")
+
+
+def test_an_image_of_the_most_pixels_is_one(tree, tmp_path):
+    index = DatasetIndex.scan(tree)
+    values = index.widths.copy()
+    values[0] = MOST_PIXELS // 45
+    dataclasses.replace(index, widths=values).save(tmp_path / "index.npz")
+    assert DatasetIndex.load(tmp_path / "index.npz").widths[0] == MOST_PIXELS // 45
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "same"),
+    [
+        (("cat", "dog"), ("cat", "dog"), True),
+        (("cat", "dog"), ("dog", "cat"), False),
+        (("cat",), ("cat", "dog"), False),  # folders are numbered in their order, so that a class less shifts labels
+        (("0", "1"), ("0", "1", "2"), True),  # numbers of a list are labels themselves
+        (("0", "1", "2"), ("0", "1"), False),
+        ((), (), False),
+        ((), ("0", "1"), False),
+    ],
+)
+def test_labels_mean_the_same(own, others, same, tree):
+    index = DatasetIndex.scan(tree)
+    one, other = (dataclasses.replace(index, classes=classes) for classes in (own, others))
+    assert one.labelled_as(other) is same
 
 
 def test_an_index_is_whole_readable_by_others_or_not_there(tree, tmp_path, monkeypatch):
