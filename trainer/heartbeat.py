@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from trainer.distributed import World
 
-_DATA, _STEP = 0, 1  # what a rank does: it waits for its batch, or takes the step
+# What a rank does with the steps that it has taken, in this order: it judges them, waits for its batch, takes a step.
+_JUDGES, _DATA, _STEP = range(3)
+_OF = {_JUDGES: "the features of", _DATA: "the next batch of", _STEP: "the end of the step of"}
 
 
 class Beat(NamedTuple):
@@ -22,6 +24,7 @@ class Beat(NamedTuple):
     pulse: int
     step: int
     phase: int
+    batches: int = 0  # that were judged
 
 
 class Heartbeat:
@@ -63,10 +66,25 @@ class Heartbeat:
 
     @contextmanager
     def watching(self, step: int) -> Iterator[None]:
-        """Around a step, from before its batch is there."""
+        """Around a step, from before its batch is there. `step`: those taken so far."""
         self._where, self._started = Beat(0, step, _DATA), time.monotonic()
         yield
         self._started = None  # not after an error: what it was is still to be found out
+
+    @contextmanager
+    def judging(self, step: int) -> Iterator[None]:
+        """Around the judging of so many steps, which may take longer than a step while it moves on; see `judged`."""
+        self._where, self._started = Beat(0, step, _JUDGES), time.monotonic()
+        try:
+            yield
+        finally:
+            self._started = None  # also after an error, which a run outlives
+        self._where = Beat(0, step, _DATA)
+
+    def judged(self) -> None:
+        """Another batch is there to be judged."""
+        self._where = self._where._replace(batches=self._where.batches + 1)
+        self._started = time.monotonic()
 
     def fetched(self) -> None:
         """The batch is there."""
@@ -87,7 +105,7 @@ class Heartbeat:
             self._store.set(f"who/{self._world.rank}", self._name())
             while not self._closing.is_set():
                 count += 1
-                self._store.set(key, f"{count} {self._where.step} {self._where.phase}")
+                self._store.set(key, " ".join(map(str, (count, *self._where[1:]))))
                 if count == 1:
                     names = self._store.multi_get([f"who/{rank}" for rank in range(self._world.size)])
                     self._names = [name.decode() for name in names]
@@ -111,12 +129,13 @@ class Heartbeat:
         while not self._closing.wait(self.INTERVAL / 2):
             started = self._started
             if started is not None and time.monotonic() - started > patience:
-                self._end(f"step {self._where.step + 1} does not end; all ranks are alive and in it")
+                self._end(f"{self._doing()} does not end; all ranks are alive and in it")
 
     def _diagnose(self) -> str:
         """Who is to blame; empty if nobody is."""
-        seconds = time.monotonic() - (self._started or time.monotonic())
-        place = f"step {self._where.step + 1}, after {seconds:.0f} s"
+        place = self._doing()
+        if self._started is not None:
+            place += f", after {time.monotonic() - self._started:.0f} s"
         self._snapshots.clear()
         self._asked.set()
         for _ in range(3):
@@ -127,12 +146,15 @@ class Heartbeat:
         silent = [rank for rank, (a, b) in enumerate(zip(first, last, strict=True)) if a.pulse == b.pulse]
         if silent:
             return f"{place}: no sign of life from {self._named(silent)}"
-        places = [(beat.step, beat.phase) for beat in last]
+        places = [beat[1:] for beat in last]
         behind = [rank for rank, reached in enumerate(places) if reached == min(places)]
         if len(behind) == len(places):
             return ""
-        doing = "the next batch of" if min(places)[1] == _DATA else "the end of the step of"
-        return f"{place}: all wait for {doing} {self._named(behind)}"
+        return f"{place}: all wait for {_OF[last[behind[0]].phase]} {self._named(behind)}"
+
+    def _doing(self) -> str:
+        step = self._where.step
+        return f"judging after step {step}" if self._where.phase == _JUDGES else f"step {step + 1}"
 
     def _named(self, ranks: list[int]) -> str:
         return " and ".join(f"rank {rank} ({self._names[rank] if self._names else 'unknown'})" for rank in ranks)

@@ -16,16 +16,18 @@ from dali_pipes.stream import LoaderOutOfMemory
 from trainer.config import Config
 from trainer.engine import Engine, autocast
 from trainer.eval_reader import EvalReader
+from trainer.heartbeat import Heartbeat
 from trainer.metrics import METRICS, Display, read_metrics
 from trainer.signals import Stopped
 
 SUMMARY = "summary.json"
+Trees = tuple[DatasetIndex, DatasetIndex]  # the bank and the queries
 _NUMBERS = ("steps", "loss_first", "loss_last", "knn_before", "knn_after", "images_per_second", "data_wait")
 
 
 def judgeable(
     config: Config, index: DatasetIndex, val: DatasetIndex | None, ranks: int, display: Display
-) -> tuple[DatasetIndex, DatasetIndex] | None:
+) -> Trees | None:
     """The bank and the queries of the k-NN accuracy; None, saying why, if it was asked for and cannot be had."""
     if not config.run.knn:
         return None
@@ -43,15 +45,15 @@ def judgeable(
 
 @dataclass(frozen=True)
 class Judge:
-    """The k-NN accuracy of an engine's features as it trains: bank and queries are `trees`, None if there are none.
+    """The k-NN accuracy of an engine's features as it trains, on `trees`; None if there are none.
 
     What was found is kept in the engine's notes, and so in its checkpoints: `knn`, a list of {"step", "accuracy"}.
     """
 
     engine: Engine
-    trees: tuple[DatasetIndex, DatasetIndex] | None
-    threads: int
+    trees: Trees | None
     display: Display
+    heartbeat: Heartbeat
     stops: Callable[[], bool]  # whether to leave off
 
     def due(self) -> bool:
@@ -101,12 +103,13 @@ class Judge:
     @cached_property
     def _reader(self) -> EvalReader:  # one for all evaluations, so that each failed image is reported once
         engine = self.engine
-        return EvalReader(engine.config.data, engine.world, engine.device, self.threads, self.display.warn)
+        return EvalReader(engine.config.data, engine.world, engine.device, engine.threads, self.display.warn)
 
     def _accuracy(self, bank: DatasetIndex, queries: DatasetIndex) -> float:
         engine, config = self.engine, self.engine.config
 
         def features(images: torch.Tensor) -> torch.Tensor:
+            self.heartbeat.judged()
             if self.stops():
                 raise Stopped
             with autocast(config, engine.device):
@@ -114,7 +117,8 @@ class Judge:
 
         engine.model.eval()
         batch_size = max(1, min(256, config.optim.batch_size // engine.world.size))
-        return self._reader.knn_accuracy(features, bank.without(engine.loader.failed), queries, batch_size)
+        with self.heartbeat.judging(engine.step):
+            return self._reader.knn_accuracy(features, bank.without(engine.loader.failed), queries, batch_size)
 
 
 def read_summary(out: Path) -> dict[str, Any] | None:

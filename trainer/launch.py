@@ -22,7 +22,7 @@ from trainer.determinism import make_deterministic
 from trainer.distributed import Votes, World, choose_device, gathered, join, together
 from trainer.engine import Engine, build_model
 from trainer.heartbeat import Heartbeat
-from trainer.judgement import Judge, conclude, judgeable, read_summary, write_summary
+from trainer.judgement import Judge, Trees, conclude, judgeable, read_summary, write_summary
 from trainer.loop import UNJUDGED, TrainingError, fit
 from trainer.memory import fitting_batch, fitting_microbatch, lighter
 from trainer.metrics import Display, MetricsLog
@@ -147,8 +147,7 @@ def _train(
         together(partial(_load, engine, start, display))
         trained = engine
         trees = judgeable(config, index, val, world.size, display)
-        judge = Judge(engine, trees, threads, display, lambda: signals.asked)
-        finished = _complete(engine, judge) or _train_on(engine, store, display, signals, judge)
+        finished = _complete(engine, trees, display) or _train_on(engine, store, display, signals, trees)
     status.write("finished" if finished else "preempted", engine.step)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -163,21 +162,23 @@ def _indices(start: Start, world: World) -> tuple[DatasetIndex, DatasetIndex | N
     return DatasetIndex.load(out / TRAIN_INDEX), DatasetIndex.load(out / VAL_INDEX) if start.has_val else None
 
 
-def _complete(engine: Engine, judge: Judge) -> bool:
+def _complete(engine: Engine, trees: Trees | None, display: Display) -> bool:
     """Whether nothing is left to do, which is then said."""
     out = engine.config.run.out
     # Rank 0's: another node's disk may not show it yet.
     summary = gathered(read_summary(out) if engine.world.rank == 0 else None)[0]
     if summary is None or not summary["steps"] == engine.step >= engine.last:
         return False
-    if judge.trees and summary["knn_after"] is None:
+    if trees and summary["knn_after"] is None:
         return False
-    judge.display.say(f"{out} is complete")
-    conclude(summary, out, judge.display)
+    display.say(f"{out} is complete")
+    conclude(summary, out, display)
     return True
 
 
-def _train_on(engine: Engine, store: dist.Store | None, display: Display, signals: StopSignals, judge: Judge) -> bool:
+def _train_on(
+    engine: Engine, store: dist.Store | None, display: Display, signals: StopSignals, trees: Trees | None
+) -> bool:
     """Train and judge; False if a signal stopped it before the end."""
     config, world = engine.config, engine.world
     display.say(
@@ -188,7 +189,8 @@ def _train_on(engine: Engine, store: dist.Store | None, display: Display, signal
     )
     # Steps and judgings end together on all ranks, when they see that they are to stop.
     with signals.patiently(), _watched(engine, store, display, signals) as heartbeat:
-        if judge.trees and engine.step == 0:
+        judge = Judge(engine, trees, display, heartbeat, lambda: signals.asked)
+        if trees and engine.step == 0:
             engine.notes["knn_before"] = judge.accuracy()
         if not _fit(engine, display, signals, heartbeat, judge):
             display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")

@@ -111,6 +111,15 @@ def test_a_rank_that_lives_but_stands_still_is_named(monkeypatch):
         second.fetched()
         time.sleep(2 * Heartbeat.INTERVAL)
         assert first._diagnose() == ""
+    with first.judging(8), second.judging(8):
+        for each in (first, first, second):
+            each.judged()
+        time.sleep(2 * Heartbeat.INTERVAL)
+        assert "judging after step 8, after" in (said := first._diagnose())
+        assert "all wait for the features of rank 1 (node 0: " in said
+        second.judged()
+        time.sleep(2 * Heartbeat.INTERVAL)
+        assert first._diagnose() == ""
     for each in (first, second):
         each.close()
 
