@@ -67,15 +67,25 @@ def test_queued_again_only_if_this_job_was_preempted(job, tmp_path, srun, code, 
         assert (tmp_path / "requeued").read_text() == "requeue 12345\n"
 
 
-def test_a_signal_to_the_script_reaches_srun_and_its_end_is_waited_for(job, tmp_path):
-    process = job(f"trap 'sleep 0.5; {says('preempted')}; exit 1' TERM; touch ready; while true; do sleep 0.1; done")
+def test_a_signal_to_the_script_leaves_srun_alone_and_its_end_is_waited_for(job, tmp_path):
+    """srun that gets SIGTERM kills all ranks with -9 (its source, _srun_signal_mgr), while they save."""
+    process = job(
+        "trap 'touch killed; exit 137' TERM; touch ready; while [ ! -e saved ]; do sleep 0.1; done; "
+        + says("preempted")
+        + "; exit 1"
+    )
     deadline = time.monotonic() + 20
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+    (tmp_path / "saved").touch()
     process.communicate(timeout=20)
     assert process.returncode == 0
+    assert not (tmp_path / "killed").exists()
     assert (tmp_path / "requeued").exists()
 
 
