@@ -5,7 +5,6 @@ own, `--run-path`.
 """
 
 import dataclasses
-import fcntl
 import glob
 import json
 import os
@@ -38,6 +37,7 @@ from trainer.evaluation_commands import Command, Evaluation, Finetune, Knn, Line
 from trainer.evaluation_file import UNFINISHED, WEIGHTS
 from trainer.evaluator import Evaluator, tunable
 from trainer.export import TrainedRun, open_run
+from trainer.lock import lock
 
 TIMEOUT = 1800  # seconds that ranks wait for each other
 READY = "moco_v3/evaluate"
@@ -181,18 +181,20 @@ def _claimed(command: Evaluation) -> Iterator[None]:
         ConfigError: one is at it.
     """
     output = command.result(".json")
-    with open(output.with_name(f".{output.stem}.lock"), "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{output} is being made by another process; give this one another --name") from None
-        except OSError:  # a filesystem without locks: halves may be another's
-            yield
-            return
+    try:
+        held = lock(output.with_name(f".{output.stem}.lock"), print)
+    except BlockingIOError:
+        raise ConfigError(f"{output} is being made by another process; give this one another --name") from None
+    if held is None:  # a filesystem without locks: halves may be another's
+        yield
+        return
+    try:
         for ending in (".json", WEIGHTS, UNFINISHED):
             for half in output.parent.glob(f"{glob.escape(command.result(ending).name)}.????????{PART}"):
                 half.unlink(missing_ok=True)
         yield
+    finally:
+        os.close(held)
 
 
 def _check_output(command: Evaluation) -> None:

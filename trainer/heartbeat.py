@@ -6,13 +6,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from trainer.distributed import World
+from trainer.signals import Stopped
 
+_LEFT = "moco_v3/left"
 # What a rank does with the steps that it has taken, in this order: it judges them, waits for its batch, takes a step.
 _JUDGES, _DATA, _STEP = range(3)
 _OF = {_JUDGES: "the features of", _DATA: "the next batch of", _STEP: "the end of the step of"}
@@ -94,8 +96,31 @@ class Heartbeat:
         """Stop saying and watching."""
         self._closing.set()
 
+    def leave(self) -> str:
+        """Say that this rank ends because of a signal, so that the others do not take it for lost.
+
+        Returns who is lost, of whom torchrun's signal may have told; empty if nobody is, or no one can tell.
+        """
+
+        def say(store: dist.Store) -> None:
+            for key in (_LEFT, f"{_LEFT}/{self._world.rank}"):
+                store.set(key, "1")
+
+        self._ask(say)
+        if self._world.size == 1:
+            return ""
+        silent = self._silent(self._looks())
+        lost = self._ask(lambda store: [rank for rank in silent if not store.check([f"{_LEFT}/{rank}"])])
+        return f"no sign of life from {self._named(lost)}" if lost else ""
+
     def report(self, error: str) -> None:
-        """End the process because of an error of a collective; one rank says which rank is to blame."""
+        """End the process because of an error of a collective; one rank says which rank is to blame.
+
+        Raises:
+            Stopped: none is: a rank has left because of a signal.
+        """
+        if self._ask(lambda store: store.check([_LEFT])):
+            raise Stopped
         self._end(error)
 
     def _beat(self) -> None:
@@ -136,21 +161,32 @@ class Heartbeat:
         place = self._doing()
         if self._started is not None:
             place += f", after {time.monotonic() - self._started:.0f} s"
-        self._snapshots.clear()
-        self._asked.set()
-        for _ in range(3):
-            self._answered.clear()
-            if not self._answered.wait(2 * self.INTERVAL):
-                return f"{place}: torchrun's store at {_master()} does not answer; {self._far()}"
-        first, *_, last = self._snapshots
-        silent = [rank for rank, (a, b) in enumerate(zip(first, last, strict=True)) if a.pulse == b.pulse]
-        if silent:
+        looks = self._looks()
+        if not looks:
+            return f"{place}: torchrun's store at {_master()} does not answer; {self._far()}"
+        if silent := self._silent(looks):
             return f"{place}: no sign of life from {self._named(silent)}"
+        last = looks[-1]
         places = [beat[1:] for beat in last]
         behind = [rank for rank, reached in enumerate(places) if reached == min(places)]
         if len(behind) == len(places):
             return ""
         return f"{place}: all wait for {_OF[last[behind[0]].phase]} {self._named(behind)}"
+
+    def _looks(self) -> list[list[Beat]]:
+        """What all ranks say of themselves, three times; empty if the store does not answer."""
+        self._snapshots.clear()
+        self._asked.set()
+        for _ in range(3):
+            self._answered.clear()
+            if not self._answered.wait(2 * self.INTERVAL):
+                return []
+        return self._snapshots
+
+    def _silent(self, looks: list[list[Beat]]) -> list[int]:
+        """The ranks that have said nothing meanwhile."""
+        first, last = (looks[0], looks[-1]) if looks else ([], [])
+        return [rank for rank, (a, b) in enumerate(zip(first, last, strict=True)) if a.pulse == b.pulse]
 
     def _doing(self) -> str:
         step = self._where.step
@@ -177,17 +213,21 @@ class Heartbeat:
 
     def claim(self) -> bool:
         """Whether this rank is to say why the run ends: one does, of those that still reach each other."""
-        first: list[bool] = [True]
+        return self._ask(lambda store: store.add("moco_v3/hung", 1) == 1) is not False
 
-        def ask() -> None:
-            assert self._store is not None
-            first[0] = self._store.add("moco_v3/hung", 1) == 1
+    def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
+        """What the store says; None without one, or if it does not answer."""
+        answers: list[Any] = []
+
+        def ask(store: dist.Store) -> None:
+            with suppress(RuntimeError, dist.DistError):  # the store is gone
+                answers.append(question(store))
 
         if self._store is not None:
-            asking = threading.Thread(target=ask, daemon=True)
+            asking = threading.Thread(target=ask, args=(self._store,), daemon=True)
             asking.start()
             asking.join(2 * self.INTERVAL)
-        return first[0]
+        return answers[0] if answers else None
 
 
 def _master() -> str:

@@ -34,6 +34,7 @@ from trainer.status import Status
 
 READY = "moco_v3/start"
 _NOT_SHARED = ("data", "out", "resume", "outside", "workers", "device")  # flags of one machine, or of rank 0 alone
+_KEPT = ("gone", "has_val", "bound", "device", "step")  # of rank 0's Start
 _RESOLVED = ("amp", "compile", "augment")  # flags whose "auto" rank 0 has replaced
 
 
@@ -85,6 +86,8 @@ def _run(argv: list[str], world: World) -> int:
         if start.config.run.deterministic:
             make_deterministic()
         device = choose_device(start.config.run.device, world)
+        if device.type != start.device:  # else the ranks would wait for each other in two kinds of process group
+            return _other_device(start, world, device, store, display)
         try:
             return _train(start, world, device, store, display, signals)
         except torch.OutOfMemoryError as error:
@@ -104,8 +107,7 @@ def _lead(argv: list[str], world: World, store: dist.Store | None, display: Disp
 
 def _packed(start: Start) -> dict[str, Any]:
     flags = {name: value for name, value in start.config.flags().items() if name not in _NOT_SHARED}
-    kept = {"gone": start.gone, "has_val": start.has_val, "bound": start.bound, "device": start.device}
-    return {"flags": flags, "checkpoint": str(start.checkpoint or ""), **kept}
+    return {"flags": flags, "checkpoint": str(start.checkpoint or ""), **{name: getattr(start, name) for name in _KEPT}}
 
 
 def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | None:
@@ -121,8 +123,7 @@ def _follow(argv: list[str], world: World, store: dist.Store | None) -> Start | 
         print(f"warning: rank {world.rank} takes the flags of rank 0: {phrases}", flush=True)
     config = configuration.replace(config, **leading)
     file = Path(found["checkpoint"]) if found["checkpoint"] else None
-    kept = {name: found[name] for name in ("gone", "has_val", "bound", "device")}
-    return Start(config, file, **kept)
+    return Start(config, file, **{name: found[name] for name in _KEPT})
 
 
 def _train(
@@ -130,25 +131,24 @@ def _train(
 ) -> int:
     config, out = start.config, start.config.run.out
     trained: Engine | None = None  # once it stands where the run does
-    begun = start.state["step"] if start.state else 0
-    status = Status(out, display.warn, leads=world.rank == 0)
+
+    def step() -> int:
+        return start.step if trained is None else trained.step
+
+    status = Status(out, display.warn, step, leads=world.rank == 0)
     # From here on, as what comes before the first step may take minutes, and a machine may be taken away in them, too.
-    with status.during(lambda: begun if trained is None else trained.step):
-        if device.type != start.device:  # else the ranks would wait for each other in two kinds of process group
-            raise ConfigError(
-                f"rank {world.rank} on {socket.gethostname()} computes on {device.type} and rank 0 on {start.device}; "
-                "see what is wrong with the GPU there (make doctor), or give --device cpu"
-            )
+    with status.during():
         join(world, store, device, config.run.timeout)
-        index, val = together(partial(_indices, start, world))
-        threads = config.data.workers or world.default_threads()
-        engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
-        settle(engine)
-        together(partial(_load, engine, start, display))
-        trained = engine
-        trees = judgeable(config, index, val, world.size, display)
-        finished = _complete(engine, trees, display) or _train_on(engine, store, display, signals, trees)
-    status.write("finished" if finished else "preempted", engine.step)
+        with _watched(world, store, config.run.timeout, status, signals) as heartbeat:
+            index, val = together(partial(_indices, start, world))
+            threads = config.data.workers or world.default_threads()
+            engine = Engine(config, world, device, index, build_model(config), threads, on_failed=display.warn)
+            settle(engine)
+            together(partial(_load, engine, start, display))
+            trained = engine
+            trees = judgeable(config, index, val, world.size, display)
+            finished = _complete(engine, trees, display) or _train_on(engine, heartbeat, display, signals, trees)
+        status.write("finished" if finished else "preempted")
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
@@ -177,7 +177,7 @@ def _complete(engine: Engine, trees: Trees | None, display: Display) -> bool:
 
 
 def _train_on(
-    engine: Engine, store: dist.Store | None, display: Display, signals: StopSignals, trees: Trees | None
+    engine: Engine, heartbeat: Heartbeat, display: Display, signals: StopSignals, trees: Trees | None
 ) -> bool:
     """Train and judge; False if a signal stopped it before the end."""
     config, world = engine.config, engine.world
@@ -188,7 +188,7 @@ def _train_on(
         f"step {engine.step} of {engine.last}"
     )
     # Steps and judgings end together on all ranks, when they see that they are to stop.
-    with signals.patiently(), _watched(engine, store, display, signals) as heartbeat:
+    with signals.patiently():
         judge = Judge(engine, trees, display, heartbeat, lambda: signals.asked)
         if trees and engine.step == 0:
             engine.notes["knn_before"] = judge.accuracy()
@@ -196,8 +196,8 @@ def _train_on(
             display.say(f"stopped at step {engine.step} of {engine.last}; the same command goes on from there")
             return False
         after = judge.accuracy()
-    if world.rank == 0:
-        conclude(write_summary(engine, config.run.out, after), config.run.out, display)
+        if world.rank == 0:
+            conclude(write_summary(engine, config.run.out, after), config.run.out, display)
     return True
 
 
@@ -226,25 +226,31 @@ def _load(engine: Engine, start: Start, display: Display) -> None:
 
 
 @contextmanager
-def _watched(engine: Engine, store: dist.Store | None, display: Display, signals: StopSignals) -> Iterator[Heartbeat]:
-    """Around training and judging: a rank that is gone or hangs is named, and so is what a rank alone has met."""
-    run = engine.config.run
+def _watched(
+    world: World, store: dist.Store | None, timeout: int, status: Status, signals: StopSignals
+) -> Iterator[Heartbeat]:
+    """Around all that ranks do together: one that is gone or hangs is named, and so is what a rank alone has met."""
 
     def ended(reason: str) -> None:
         _report(TrainingError(reason), 1)
-        Status(run.out, display.warn).write("failed", engine.step, reason)  # rank 0 may be the one that hangs
+        status.write("failed", reason)
 
-    heartbeat = Heartbeat(engine.world, store, run.timeout, ended, signals.ask)
+    heartbeat = Heartbeat(world, store, timeout, ended, signals.ask)
     try:
         yield heartbeat
+    except Stopped:
+        if lost := heartbeat.leave():
+            raise TrainingError(f"at the start: {lost}") from None
+        raise
     except TrainingError:
         raise
     except DatasetError as error:  # of this rank's images
         if heartbeat.claim():
-            Status(run.out, display.warn).write("failed", engine.step, str(error))
+            status.write("failed", str(error))
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
+            signals.ending()  # torchrun sends one to all whose neighbour is gone
             heartbeat.report(str(error).splitlines()[0])
         raise
     finally:
@@ -271,6 +277,16 @@ def _fit(engine: Engine, display: Display, signals: StopSignals, heartbeat: Hear
             saver.wait()
         if log is not None:
             log.close()
+
+
+def _other_device(start: Start, world: World, device: torch.device, store: dist.Store | None, display: Display) -> int:
+    """Say once that a rank has not the device that rank 0 has."""
+    reason = (
+        f"rank {world.rank} on {socket.gethostname()} computes on {device.type} and rank 0 on {start.device}; "
+        "see what is wrong with the GPU there (make doctor), or give --device cpu"
+    )
+    Status(start.config.run.out, display.warn, lambda: start.step, leads=False).write("failed", reason)
+    return handover.report_once(store, lambda: _report(ConfigError(reason), 2))
 
 
 def _out_of_memory(start: Start, world: World, device: torch.device, store: dist.Store | None, of_loader: bool) -> int:

@@ -46,6 +46,7 @@ class Start:
     has_val: bool = False  # whether there are images to judge features on
     bound: bool = False  # it goes on, and must learn the same
     device: str = "cpu"  # kind of rank 0's
+    step: int = 0  # that the run has taken
     folder: RunFolder | None = None  # rank 0 holds its lock
 
 
@@ -64,7 +65,7 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
     except Stopped:  # a long scan is as good a moment for a machine to be taken away as any
         with suppress(ConfigError, OSError):
             folder.recorded()  # it is a run's or a new one
-            config.run.out.mkdir(parents=True, exist_ok=True)
+            folder.lock()  # and no other process's
             write_status(config.run.out, "preempted", None, "while the images were looked at")
         folder.release()
         raise
@@ -76,7 +77,8 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
 def _prepare(config: Config, device: torch.device, folder: RunFolder, display: Display) -> Start:
     recorded = folder.recorded()
     if recorded is not None:
-        folder.lock()  # before it is read, so that what is read stays true
+        folder.lock(display.say)
+        recorded = folder.recorded()  # as it is now, and stays
     file, state, warnings = checkpoint.newest_state(config.run.out)
     if file is None:
         recorded = None  # nothing was learned there yet, so nothing binds
@@ -117,7 +119,7 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
             display.say(remark)
 
     if recorded is None:
-        folder.lock()
+        folder.lock(display.say)
         if any(config.run.out.glob("checkpoint_*.pt")):  # which would be replaced
             raise ConfigError(f"--out {config.run.out}: another process has trained there meanwhile; start once more")
         folder.claim(config, index.fingerprint)
@@ -130,7 +132,8 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     folder.sweep()
     if not folder.has_locks:
         display.say(f"warning: the filesystem of {config.run.out} has no locks; start only one run in that folder")
-    return Start(config, file, state, gone, val is not None, bound, device.type, folder)
+    step = state["step"] if state else 0
+    return Start(config, file, state, gone, val is not None, bound, device.type, step, folder)
 
 
 def check_image_size(config: Config, model: MoCoV3) -> None:

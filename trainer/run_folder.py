@@ -1,21 +1,18 @@
 """A run's own folder: whose it is, one process at a time, and the configuration that it goes on with."""
 
-import errno
-import fcntl
 import json
 import os
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dali_pipes.replacing import PART, write_atomically
 from trainer.config import Config, ConfigError, disagreements
+from trainer.lock import lock
 
 CONFIG = "config.json"
 LOCK = "lock"
 STATUS = "status.json"
-LEASE = 180  # seconds that a lock may outlive its machine
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunFolder:
@@ -61,11 +58,10 @@ class RunFolder:
                 f"--out {self.path} belongs to another run: {'; '.join(differ)}. Name another --out, or use its flags"
             )
 
-    def lock(self) -> None:
+    def lock(self, say: Callable[[str], None] | None = None) -> None:
         """Keep other processes out until `release`; creates the folder. `has_locks` says if its filesystem cannot.
 
-        In a job of SLURM another process is waited for, as on a network file system that may be one of a machine that
-        is gone, which keeps its lock for some minutes.
+        say: see `trainer.lock`.
 
         Raises:
             ConfigError: another process has it, or it cannot be written.
@@ -74,24 +70,12 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            for left in reversed(range(1 + (LEASE if "SLURM_JOB_ID" in os.environ else 0))):
-                try:
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except BlockingIOError:
-                    if not left:
-                        raise
-                    time.sleep(1.0)
+            self._lock = lock(self.path / LOCK, say)
         except BlockingIOError:
-            self.release()
             raise ConfigError(f"--out {self.path} is in use by another process; wait for it or stop it") from None
         except OSError as error:
-            if self._lock is None or error.errno not in _NO_LOCKS:
-                raise ConfigError(
-                    f"--out {self.path} cannot be written: {error.strerror}; name another folder"
-                ) from None
-            self.has_locks = False
+            raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}; name another folder") from None
+        self.has_locks = self._lock is not None
 
     def claim(self, config: Config, fingerprint: str) -> None:
         """Lock the folder and write `config.json` for a run that begins here.

@@ -16,9 +16,9 @@ class Stopped(BaseException):
 class StopSignals:
     """Takes these signals from its making to `close`, in the main thread; but SIGHUP not under nohup, which ignores it.
 
-    Outside of `patiently` the first one raises `Stopped`. Inside it only sets `asked`, for the loop to end after its
-    step. A second one, later, ends the process at once, also while it waits inside a collective for a rank that is
-    gone: a thread sees to that, as Python's own handlers only run between two instructions.
+    Outside of `patiently`, and until `ending`, the first one raises `Stopped`. Inside it only sets `asked`, for the
+    loop to end after its step. A second one, later, ends the process at once, also while it waits inside a collective
+    for a rank that is gone: a thread sees to that, as Python's own handlers only run between two instructions.
     """
 
     # Ctrl-C reaches the ranks from the terminal and again from torchrun.
@@ -47,6 +47,10 @@ class StopSignals:
             yield
         finally:
             self._patient = False
+
+    def ending(self) -> None:
+        """The process is about to end: the first one changes nothing any more."""
+        self._patient = True
 
     def ask(self) -> None:
         """Stop as after a signal; for `patiently`."""

@@ -40,11 +40,11 @@ def write_status(folder: Path, status: State, step: int | None, reason: str = ""
 class Status:
     """The status of the run that this process trains; a folder that cannot be written costs a warning."""
 
-    def __init__(self, folder: Path, warn: Callable[[str], None], leads: bool = True) -> None:
-        """`leads`: on rank 0; the others tell of failures only."""
-        self._folder, self._warn, self._leads = folder, warn, leads
+    def __init__(self, folder: Path, warn: Callable[[str], None], step: Callable[[], int], leads: bool) -> None:
+        """`step`: that the run is at. `leads`: on rank 0; the others tell of failures only."""
+        self._folder, self._warn, self._step, self._leads = folder, warn, step, leads
 
-    def write(self, status: State, step: int, reason: str = "") -> None:
+    def write(self, status: State, reason: str = "") -> None:
         """Replace `status.json`; but the first failure of any rank stays, as what follows on the others is its work.
 
         So does a stop of rank 0: to the other ranks it looks like a lost connection.
@@ -54,7 +54,7 @@ class Status:
         if status in ("failed", "preempted") and self._now() == "failed":
             return
         try:
-            write_status(self._folder, status, step, reason)
+            write_status(self._folder, status, self._step(), reason)
         except OSError as error:
             self._warn(f"{self._folder / STATUS} could not be written: {error.strerror}")
 
@@ -65,14 +65,14 @@ class Status:
             return ""
 
     @contextmanager
-    def during(self, step: Callable[[], int]) -> Iterator[None]:
+    def during(self) -> Iterator[None]:
         """`running` from here, and what became of it if the block does not reach its end."""
-        self.write("running", step())
+        self.write("running")
         try:
             yield
         except Stopped:
-            self.write("preempted", step())
+            self.write("preempted")
             raise
         except Exception as error:
-            self.write("failed", step(), str(error))
+            self.write("failed", str(error))
             raise

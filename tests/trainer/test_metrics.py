@@ -15,7 +15,9 @@ from dali_pipes import ViewLoader
 from trainer import advice, checkpoint
 from trainer.distributed import World
 from trainer.heartbeat import Heartbeat
+from trainer.loop import UNJUDGED
 from trainer.metrics import Display, MetricsLog, read_metrics
+from trainer.signals import Stopped
 
 
 def test_rows_come_every_so_many_steps_and_at_each_epochs_end(train, tmp_path):
@@ -38,7 +40,7 @@ def test_a_loader_that_is_slow_is_told_and_advised_on(train, tmp_path, monkeypat
 
     def slowly(loader):
         for batch in batches(loader):
-            time.sleep(1.0)
+            time.sleep(2.0)
             yield batch
 
     monkeypatch.setattr(ViewLoader, "__iter__", slowly)
@@ -50,21 +52,25 @@ def test_a_loader_that_is_slow_is_told_and_advised_on(train, tmp_path, monkeypat
 
 
 def test_the_rows_are_on_the_disk_before_a_checkpoint_that_stands_behind_them(train, monkeypatch):
-    done = []
+    done, behind = [], []
     sync, save = MetricsLog.sync, checkpoint.save
 
     def synced(log):
         done.append("rows")
         sync(log)
 
-    def saved(*arguments):
+    def saved(folder, state, *keep):
         done.append("checkpoint")
-        return save(*arguments)
+        if UNJUDGED not in state["notes"]:
+            assert read_metrics(folder)[-1]["step"] == state["step"]
+            behind.append(state["step"])
+        return save(folder, state, *keep)
 
     monkeypatch.setattr(MetricsLog, "sync", synced)
     monkeypatch.setattr(checkpoint, "save", saved)
     assert train("--save-every", 2, "--knn-every", 1) == 0
     assert done.count("checkpoint") > 5
+    assert behind == [2, 3, 4, 6, 8, 9]
     assert all(before == "rows" for before, now in itertools.pairwise(done) if now == "checkpoint")
 
 
@@ -96,6 +102,17 @@ def test_a_terminal_gets_one_live_line(monkeypatch):
     assert "10/10" in shown.getvalue()
     assert "warning: something" in shown.getvalue()
     assert "step 5/10" not in shown.getvalue()  # which is the plain form
+
+
+def test_a_rank_that_left_because_of_a_signal_is_not_to_blame():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=60))
+    worlds = [World(rank, rank, 2, 2, torchrun=True) for rank in range(2)]
+    first, second = (Heartbeat(world, store, 3600, pytest.fail, lambda: None) for world in worlds)
+    second.leave()
+    with pytest.raises(Stopped):
+        first.report("connection closed by peer")
+    for each in (first, second):
+        each.close()
 
 
 def test_a_rank_that_lives_but_stands_still_is_named(monkeypatch):

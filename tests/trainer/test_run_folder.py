@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,7 @@ from trainer import config as configuration
 from trainer import distributed, launch, preparation
 from trainer.config import ConfigError
 from trainer.run_folder import RunFolder
+from trainer.status import write_status
 
 
 def test_a_name_that_tensorboard_cannot_take(train, tmp_path, capsys):
@@ -74,20 +76,63 @@ def test_a_lock_of_a_machine_that_is_gone_is_waited_for_in_slurm(tmp_path, monke
     gone, here = RunFolder(tmp_path), RunFolder(tmp_path)
     gone.lock()
     pauses: list[float] = []
-    monkeypatch.setattr("trainer.run_folder.time.sleep", pauses.append)
+    said: list[str] = []
+    monkeypatch.setattr("trainer.lock.time.sleep", pauses.append)
     with pytest.raises(ConfigError, match="is in use by another process"):
-        here.lock()
+        here.lock(said.append)
     assert pauses == []
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(ConfigError, match="is in use by another process"):
-        here.lock()
+        here.lock(said.append)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert (pauses, said) == ([], [])
+    with pytest.raises(ConfigError, match="is in use by another process"):
+        here.lock(said.append)
     assert sum(pauses) == 180
-    monkeypatch.setattr("trainer.run_folder.time.sleep", lambda seconds: gone.release())
-    here.lock()
+    assert said == [
+        f"another process has {tmp_path / 'lock'}; waiting up to 180 s, should it be one of a machine that is gone"
+    ]
+    monkeypatch.setattr("trainer.lock.time.sleep", lambda seconds: gone.release())
+    here.lock(said.append)
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(ConfigError):
-        gone.lock()
+        gone.lock(said.append)
     here.release()
+
+
+def test_a_start_that_is_stopped_while_it_waits_says_nothing_of_the_run_that_goes_on(train, tmp_path, monkeypatch):
+    assert train("--no-knn", "--max-steps", 1) == 0
+    write_status(tmp_path / "run", "running", 4000)
+    before = (tmp_path / "run" / "status.json").read_bytes()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr("trainer.lock.time.sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    running = RunFolder(tmp_path / "run")
+    running.lock()
+    assert train("--no-knn") == 0
+    assert (tmp_path / "run" / "status.json").read_bytes() == before
+    running.release()
+    assert train("--no-knn", "--max-steps", 2) == 0
+
+
+def test_what_a_run_is_was_not_read_before_it_was_waited_for(train, refused, tmp_path, monkeypatch, capsys):
+    """Its configuration may have been written meanwhile."""
+    assert train("--no-knn", "--max-steps", 1, "--seed", 1, out="other") == 0
+    assert train("--no-knn", "--max-steps", 1) == 0
+    (tmp_path / "run" / "checkpoint_00000001.pt").unlink()  # nothing binds yet
+    other = RunFolder(tmp_path / "run")
+    other.lock()
+
+    def trains(seconds):
+        for name in ("config.json", "checkpoint_00000001.pt"):
+            (tmp_path / "other" / name).rename(tmp_path / "run" / name)
+        other.release()
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr("trainer.lock.time.sleep", trains)
+    capsys.readouterr()
+    assert train("--no-knn") == 2
+    assert "--seed is 1 there, 0 here" in capsys.readouterr().err
 
 
 def test_what_a_start_without_a_checkpoint_has_told_is_forgotten(train, losses, tmp_path, monkeypatch):

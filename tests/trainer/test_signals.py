@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
+import torch.distributed as dist
 
 from tests.trainer.conftest import ROOT, command, lives, rank_processes, status, wait_for_row
+from trainer import config as configuration
 from trainer import launch, preparation
+from trainer.distributed import World
 from trainer.loop import TrainingError
 from trainer.signals import Stopped
 from trainer.status import Status
@@ -91,22 +94,46 @@ def test_sigterm_while_features_are_judged(step, train, judging_stopped_at, tmp_
 
 def test_a_failure_of_any_rank_stays_where_torchrun_then_stops_the_others(tmp_path):
     """Else a run whose rank crashes at each start would look preempted, and be queued again for ever."""
-    first, second = (Status(tmp_path, pytest.fail, leads=leads) for leads in (True, False))
-    with suppress(Stopped), first.during(lambda: 7):
-        with suppress(RuntimeError), second.during(lambda: 7):
+    first, second = (Status(tmp_path, pytest.fail, lambda: 7, leads) for leads in (True, False))
+    with suppress(Stopped), first.during():
+        with suppress(RuntimeError), second.during():
             assert status(tmp_path)["status"] == "running"
             raise RuntimeError("CUDA error on rank 1")
         raise Stopped
     assert (status(tmp_path)["status"], status(tmp_path)["reason"]) == ("failed", "CUDA error on rank 1")
-    first.write("running", 7)  # the next start
+    first.write("running")  # the next start
     assert status(tmp_path)["status"] == "running"
-    second.write("finished", 7)
+    second.write("finished")
     assert status(tmp_path)["status"] == "running"
-    first.write("preempted", 7)
-    second.write("failed", 7, "connection closed by peer")
+    first.write("preempted")
+    second.write("failed", "connection closed by peer")
     assert status(tmp_path)["status"] == "preempted"
 
 
+def test_the_other_ranks_know_where_the_run_is(tmp_path):
+    """They say it if they fail before they have read the checkpoint."""
+    argv = ["demo", "--data", str(tmp_path), "--out", str(tmp_path)]
+    told = json.dumps(launch._packed(preparation.Start(configuration.parse(argv), None, step=5000)))
+    store = dist.HashStore()
+    store.set(launch.READY, told)
+    start = launch._follow(argv, World(rank=1, size=2, torchrun=True), store)
+    assert start is not None
+    assert start.step == 5000
+
+
+STARTING = """
+import sys, time
+from trainer import launch
+settle = launch.settle
+
+def slowly(engine):
+    print("settling", flush=True)
+    time.sleep(6)
+    settle(engine)
+
+launch.settle = slowly
+sys.exit(launch.run(sys.argv[1:]))
+"""
 JUDGING = """
 import sys, time
 from trainer import launch
@@ -123,38 +150,83 @@ sys.exit(launch.run(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", ["torchrun", "rank 1"])
-def test_what_is_killed_before_the_first_step_is_noticed(killed, sample, tmp_path):
-    """While features are judged no step is under way, and no row of metrics tells where a run is."""
-    (tmp_path / "judging.py").write_text(JUDGING)
+@contextmanager
+def two_ranks(script, says, sample, tmp_path):
+    """A run by a script in train_ddp.py's place, once a rank says this: torchrun's process and the ranks' numbers."""
+    (tmp_path / "script.py").write_text(script)
     run = [*command("--data", sample, "--out", tmp_path / "run", ranks=2)]
-    run[run.index(str(ROOT / "train_ddp.py"))] = str(tmp_path / "judging.py")
+    run[run.index(str(ROOT / "train_ddp.py"))] = str(tmp_path / "script.py")
     process = subprocess.Popen(
         run, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        while "judging" not in process.stdout.readline():
+        while says not in process.stdout.readline():
             assert process.poll() is None
         time.sleep(2)  # until the other rank is there as well
-        ranks = rank_processes(process)
+        yield process, rank_processes(process)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_its_end(number):
+    """Until that process is gone; but not as long as gloo or torchrun's store would take to notice."""
+    deadline = time.monotonic() + 60
+    while lives(number):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["torchrun", "rank 1"])
+@pytest.mark.parametrize(("script", "says"), [(STARTING, "settling"), (JUDGING, "judging")], ids=["starts", "judges"])
+def test_what_is_killed_before_the_first_step_is_noticed(killed, script, says, sample, tmp_path):
+    """No step is under way, and no row of metrics tells where a run is."""
+    with two_ranks(script, says, sample, tmp_path) as (process, ranks):
         os.kill(process.pid if killed == "torchrun" else ranks[1], signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while lives(ranks[0]):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_for_its_end(ranks[0])
         found = status(tmp_path / "run")
         if killed == "torchrun":
             assert (found["status"], found["step"]) == ("preempted", 0)
         else:
             assert found["status"] == "failed"
             assert "no sign of life from rank 1 (node 0" in found["reason"]
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_taken_away_alone_before_the_first_step_is_not_lost(sample, tmp_path):
+    """As where one node of several is: the others are told why it is gone."""
+    with two_ranks(STARTING, "settling", sample, tmp_path) as (process, ranks):
+        os.kill(ranks[1], signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+        found = status(tmp_path / "run")
+        assert (found["status"], found["reason"]) == ("preempted", "")
+
+
+OTHER_DEVICE = """
+import dataclasses, sys
+from trainer import launch
+follow = launch._follow
+launch._follow = lambda *given: dataclasses.replace(follow(*given), device="cuda")
+sys.exit(launch.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_on_another_kind_of_device_than_rank_0_are_told_once(sample, tmp_path):
+    (tmp_path / "script.py").write_text(OTHER_DEVICE)
+    run = [*command("--data", sample, "--out", tmp_path / "run", "--batch-size", 12, ranks=3)]
+    run[run.index(str(ROOT / "train_ddp.py"))] = str(tmp_path / "script.py")
+    ended = subprocess.run(
+        run, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120, capture_output=True, text=True
+    )
+    assert ended.returncode == 1  # torchrun's
+    assert ended.stderr.count("train_ddp.py: error:") == 1
+    assert "computes on cpu and rank 0 on cuda; see what is wrong with the GPU there (make doctor)" in ended.stderr
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Bad input: one line that says what, which value and how to mend it, exit code 2, and nothing touched."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -10,26 +9,12 @@ import torch
 
 from model import MoCoV3
 from trainer import config as configuration
-from trainer import distributed, launch, preparation
+from trainer import distributed, preparation
 from trainer.metrics import MetricsLog
 
 
 def test_missing_data_folder(refused, tmp_path):
     assert str(tmp_path / "nowhere") in refused("--data", tmp_path / "nowhere")
-
-
-def test_a_rank_on_another_kind_of_device_than_rank_0(train, monkeypatch, tmp_path, capsys):
-    lead = launch._lead
-
-    def on_a_gpu(*arguments):
-        start = lead(*arguments)
-        assert start is not None
-        return dataclasses.replace(start, device="cuda")
-
-    monkeypatch.setattr(launch, "_lead", on_a_gpu)
-    assert train() == 2
-    assert "computes on cpu and rank 0 on cuda; see what is wrong with the GPU there" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
 
 def test_empty_data_folder(refused, tmp_path):
