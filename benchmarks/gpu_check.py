@@ -202,7 +202,7 @@ def parts(flags: GpuCheck, scratch: Path) -> list[Part]:
 
     def short(name: str) -> Part:
         arguments = ["-m", f"benchmarks.{name}", *quick, "--out", str(scratch)]
-        return Part(name, arguments, 120, partial(_result, scratch, f"{name}*"))
+        return Part(name, arguments, 240, partial(_result, scratch, f"{name}*"))
 
     vit_small, *larger = PRESETS
     return [

@@ -43,6 +43,7 @@ class ReferenceStep:
 
     def __init__(self, config: Config, device: torch.device, changes: Changes | None = None) -> None:
         self.changes, self.device = changes or Changes(), device
+        torch.backends.cudnn.benchmark = True  # as in the trainer: cuDNN tries which kernels are the fastest
         amp = self.changes.amp or ("fp16" if device.type == "cuda" else "off")
         self.config = replace(config, amp=amp)
         self.model = build_model(config, sync_bn=False).to(device)

@@ -25,8 +25,9 @@ class Decoder:
     """Where and how images are decoded. On the GPU, JPEGs by its hardware engine or by CUDA, all or none.
 
     DALI's default is a share of each batch for the engine; then the decoder of an image, and with it perhaps a pixel,
-    would depend on the image's place in the batch. The engine reads baseline JPEGs; what it cannot read, and all where
-    there is no engine (A100, H100 and later have one), goes to CUDA as without it.
+    would depend on the image's place in the batch. So it would, too, should a pipeline begin with a batch that is
+    shorter than the next ones: nvImageCodec counts the engine's share by the first. The engine reads baseline JPEGs;
+    what it cannot read, and all where there is no engine (A100, H100 and later have one), goes to CUDA as without it.
     """
 
     on_gpu: bool = False

@@ -19,7 +19,10 @@ from dali_pipes.sampling import SampleParams
 
 _PREFETCH = 2  # batches ready or in work while the reader uses another one
 # DALI's words, and those of the libraries that it passes on: it has no type for it.
-_NO_MEMORY = re.compile(r"Can't allocate \d+ bytes on device|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY")
+# A decoder that has none may also go to the CPU and say nothing.
+_NO_MEMORY = re.compile(
+    r"Can't allocate \d+ bytes on device|CUDA allocation failed|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY"
+)
 
 
 @dataclass(frozen=True, eq=False)

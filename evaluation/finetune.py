@@ -105,7 +105,8 @@ class FineTuning:
         self.network, self.recipe, self.precision = network, recipe, precision
         self.device = next(network.parameters()).device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.optimizer = torch.optim.AdamW(parameter_groups(network, recipe), lr=0.0)
+        # Fused, it leaves out a step that overflowed without asking the device.
+        self.optimizer = torch.optim.AdamW(parameter_groups(network, recipe), lr=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
         self.forward: nn.Module = network
         if dist.is_initialized():

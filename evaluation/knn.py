@@ -41,7 +41,8 @@ def extract(features: Callable[[Tensor], Tensor], batches: Iterable[Labelled]) -
     for batch in batches:
         found = F.normalize(features(batch.images).float(), dim=1)
         rows.append(found)
-        keys.append(torch.stack([batch.indices.to(found.device), batch.labels.to(found.device)], dim=1))
+        columns = [column.to(found.device, non_blocking=True) for column in (batch.indices, batch.labels)]
+        keys.append(torch.stack(columns, dim=1))
     return torch.cat(rows), torch.cat(keys)
 
 

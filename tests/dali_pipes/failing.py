@@ -37,6 +37,14 @@ def shrink(path):
     path.write_bytes(encoded(picture(99, 12, 16), "JPEG"))
 
 
+def scramble(path):
+    """Other bytes amid the scan of a JPEG, of the same number; none begins a marker."""
+    content = bytearray(path.read_bytes())
+    half = len(content) // 2
+    content[half : half + 300] = bytes(37 * i % 255 for i in range(300))
+    path.write_bytes(content)
+
+
 def recompress(path):
     """The same picture and whole, so that no decoder minds: only the index knows that the file is shorter."""
     with Image.open(path) as image:

@@ -100,7 +100,10 @@ def test_a_disk_that_stays_away_ends_the_run_without_blame(index, undisturbed, m
     assert loader.failed == []
 
 
-@pytest.mark.parametrize("words", ["Can't allocate 4096 bytes on device 0.", "cudaErrorMemoryAllocation (2)"])
+@pytest.mark.parametrize(
+    "words",
+    ["Can't allocate 4096 bytes on device 0.", "CUDA allocation failed", "cudaErrorMemoryAllocation (2)"],
+)
 def test_too_little_memory_is_no_trouble_of_the_images(words, index, monkeypatch):
     """The words are those of libdali_core and of what it passes on; a CPU never runs into them."""
     loader = make(index)

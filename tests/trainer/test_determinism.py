@@ -30,6 +30,7 @@ def test_two_runs_are_equal_bit_for_bit(train, tmp_path, monkeypatch):
     for out in ("first", "second"):
         assert train("--no-knn", "--deterministic", "--max-steps", 5, out=out) == 0
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
         assert not inductor.shape_padding
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert json.loads((tmp_path / out / "config.json").read_text())["flags"]["deterministic"] is True
