@@ -61,7 +61,7 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
     device = choose_device(config.run.device, world)
     folder = RunFolder(config.run.out)
     try:
-        return _prepare(config, device, folder, display)
+        return _prepare(config, world, device, folder, display)
     except Stopped:  # a long scan is as good a moment for a machine to be taken away as any
         with suppress(ConfigError, OSError):
             folder.recorded()  # it is a run's or a new one
@@ -74,7 +74,7 @@ def prepare(argv: list[str], world: World, display: Display) -> Start:
         raise
 
 
-def _prepare(config: Config, device: torch.device, folder: RunFolder, display: Display) -> Start:
+def _prepare(config: Config, world: World, device: torch.device, folder: RunFolder, display: Display) -> Start:
     recorded = folder.recorded()
     if recorded is not None:
         folder.lock(display.say)
@@ -96,9 +96,9 @@ def _prepare(config: Config, device: torch.device, folder: RunFolder, display: D
     val = _scan_val(val_tree, display, config.data.outside) if val_tree is not None and config.run.knn else None
     images = len(index)
     if config.optim.batch_size > images:
-        raise ConfigError(
-            f"--batch-size {config.optim.batch_size}, but {tree} has {images} images; use at most {images}"
-        )
+        most = images // world.size * world.size
+        mend = f"use at most {most}" if most else f"too few for {world.size} ranks"
+        raise ConfigError(f"--batch-size {config.optim.batch_size}, but {tree} has {images} images; {mend}")
     try:
         model = build_model(config)
     except ValueError as error:
@@ -160,17 +160,19 @@ def resolve(
         ConfigError: a flag asks for what cannot run here.
     """
     amp: str = config.run.amp
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if amp == "auto":
         if "amp" in recorded:
             amp = recorded["amp"]
         elif device.type == "cpu" or config.run.dtype == "float64":
             amp = "off"
         else:
-            amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    elif amp == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise ConfigError(f"--amp tf32: {device} has none, GPUs of compute capability 8.0 or more have; use --amp off")
-    elif amp == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ConfigError(f"--amp bf16: {device} has none, GPUs of compute capability 8.0 or more have; use --amp fp16")
+            amp = "bf16" if modern else "fp16"
+    if not modern and (amp == "tf32" or (amp == "bf16" and device.type == "cuda")):
+        mend = f"use --amp {'off' if amp == 'tf32' else 'fp16'}"
+        if "amp" in recorded:
+            mend = f"the run in --out {config.run.out} began with it and goes on where there is one"
+        raise ConfigError(f"--amp {amp}: {device} has none, GPUs of compute capability 8.0 or more have; {mend}")
     compile_: str = config.run.compile
     if compile_ == "auto":
         compile_ = "on" if device.type == "cuda" else "off"

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from model import MoCoV3
+from tests.trainer.conftest import TINY
 from trainer import config as configuration
 from trainer import distributed, preparation
-from trainer.metrics import MetricsLog
+from trainer.metrics import Display, MetricsLog
 
 
 def test_missing_data_folder(refused, tmp_path):
@@ -30,6 +31,13 @@ def test_folder_without_an_image(refused, tmp_path):
 
 def test_batch_larger_than_the_dataset(refused):
     assert "--batch-size 64, but" in refused("--batch-size", 64)
+
+
+@pytest.mark.parametrize(("ranks", "mend"), [(4, "use at most 48"), (64, "too few for 64 ranks")])
+def test_batch_larger_than_the_dataset_of_several_ranks(ranks, mend, sample, tmp_path):
+    argv = [*TINY, "--data", str(sample), "--out", str(tmp_path / "run"), "--batch-size", "64"]
+    with pytest.raises(configuration.ConfigError, match=f"--batch-size 64, but .* has 50 images; {mend}$"):
+        preparation.prepare(argv, distributed.World(size=ranks, local_size=ranks, torchrun=True), Display(False))
 
 
 def test_unknown_architecture_suggests_the_nearest(refused):
@@ -59,6 +67,11 @@ def test_bf16_where_a_gpu_only_emulates_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(configuration.ConfigError, match=r"--amp bf16: cuda:0 has none, .*; use --amp fp16"):
         preparation.resolve(config, torch.device("cuda", 0), print)
+    config = configuration.replace(config, amp="auto", compile="off", augment="dali")
+    with pytest.raises(configuration.ConfigError, match=r"--amp bf16: cuda:0 has none, .*; the run in --out out began"):
+        preparation.resolve(config, torch.device("cuda", 0), print, {"amp": "bf16"})
+    assert preparation.resolve(config, torch.device("cuda", 0), print).run.amp == "fp16"
+    assert preparation.resolve(config, torch.device("cpu"), print, {"amp": "bf16"}).run.amp == "bf16"
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
