@@ -31,7 +31,7 @@ from dali_pipes.replacing import PART, write_atomically
 from trainer import handover
 from trainer.checkpoint import NO_MEMORY
 from trainer.config import ConfigError
-from trainer.distributed import World, choose_device, gathered, join
+from trainer.distributed import World, choose_device, gathered, join, limit_threads
 from trainer.engine import build_model
 from trainer.evaluation_commands import Command, Evaluation, Finetune, Knn, Linear
 from trainer.evaluation_file import UNFINISHED, WEIGHTS
@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
 def _main(argv: list[str], world: World, stack: ExitStack) -> int:
     if {"-h", "--help"} & set(argv):
         _parse(argv, quiet=world.rank > 0)  # every rank ends here, with exit code 0
+    limit_threads()
     store = world.store()
     found: Found | None = None
     if world.rank == 0:
@@ -182,7 +183,7 @@ def _claimed(command: Evaluation) -> Iterator[None]:
     """
     output = command.result(".json")
     try:
-        held = lock(output.with_name(f".{output.stem}.lock"), print)
+        held = lock(output.with_name(f".{output.stem}.lock"), partial(print, flush=True))
     except BlockingIOError:
         raise ConfigError(f"{output} is being made by another process; give this one another --name") from None
     if held is None:  # a filesystem without locks: halves may be another's

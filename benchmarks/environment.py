@@ -53,11 +53,15 @@ def busy(facts: dict[str, Any]) -> str:
 
 
 def _busy_cores() -> float:
-    """Of this process's cores, how many others keep busy now; the load average counts what ran a minute ago, too."""
+    """Of this process's cores, how many others keep busy now; the load average counts what ran a minute ago, too.
+
+    Of a quota of them: in proportion.
+    """
     total, own = _seconds_of_cores(), time.process_time()
     time.sleep(LOOK_SECONDS)
     spent = _seconds_of_cores() - total - (time.process_time() - own)
-    return round(max(0.0, spent / LOOK_SECONDS), 2)
+    share = usable_cores() / len(os.sched_getaffinity(0))
+    return round(max(0.0, share * spent / LOOK_SECONDS), 2)
 
 
 def _seconds_of_cores() -> float:

@@ -21,16 +21,16 @@ def usable_cores() -> int:
 def _quotas() -> Iterator[float]:
     """Quotas in cores of this process's control group and of those it lies in (cgroups(7))."""
     try:
-        lines = GROUPS.read_text().splitlines()
+        lines = GROUPS.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
-        top, below = FILESYSTEM / ("cpu" if controllers else ""), Path(path.lstrip("/"))
+        tops, below = {"cpu", controllers} if controllers else {""}, Path(path.lstrip("/"))
         # A container may be told the path that its group has outside, where its own group is at the top.
-        for group in (top / below, *(top / above for above in below.parents)):
+        for group in (FILESYSTEM / top / each for top in tops for each in (below, *below.parents)):
             with suppress(OSError, ValueError, ZeroDivisionError):
                 if controllers:
                     quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))

@@ -30,7 +30,7 @@ class Data:
     crop_min: float = 0.08
     """Lower bound of the crop's share of the image area, both views."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
-    """DALI threads a rank; None: the machine's cores shared among its ranks, at most 16."""
+    """DALI threads a rank; None: the machine's or container's cores shared among its ranks, at most 16."""
     augment: Literal["auto", "fused", "dali"] = "auto"
     """Who augments after the crop: DALI's operators, or fused kernels on CUDA. The views differ by rounding only.
     auto: as the run began; a new one: fused, dali without CUDA or a C compiler."""

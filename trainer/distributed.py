@@ -90,6 +90,11 @@ def _arrive(store: dist.Store, rank: int) -> str:
     return name
 
 
+def limit_threads() -> None:
+    """torch has a thread for each of the machine's cores, also where a quota leaves this process fewer."""
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+
+
 def choose_device(requested: str, world: World) -> torch.device:
     """The device of this rank: its own GPU, or the CPU.
 

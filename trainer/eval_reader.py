@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,11 +58,13 @@ class EvalReader:
         bank: DatasetIndex,
         queries: DatasetIndex,
         batch_size: int,
+        extracting: AbstractContextManager[None] | None = None,
         **vote: Any,
     ) -> float:
         """k-NN accuracy (0 to 1) on `queries` of features (N, 3, S, S) to (N, F); vote: see `evaluation.knn.accuracy`.
 
-        The same on every rank, and every rank must call it.
+        `extracting` is entered while the features of all ranks are made. The accuracy is the same on every rank, and
+        every rank must call it.
 
         Raises:
             DatasetError, torch.OutOfMemoryError, FloatingPointError: the same on all ranks, if one of them met it.
@@ -75,7 +77,8 @@ class EvalReader:
                     shares.append(knn.extract(features, batches))
             return shares
 
-        shares = together(extracted)
+        with extracting or nullcontext():
+            shares = together(extracted)
         if self.world.size > 1:  # as much as the exchange takes at its height: it must not fail on one rank alone
             width = shares[0][0].shape[1]
             together(lambda: torch.empty(3 * (len(bank) + len(queries)), width, device=self.device).numel())

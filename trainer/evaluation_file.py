@@ -12,7 +12,7 @@ from evaluation.accuracy import Accuracy, Done
 from trainer.distributed import World, gathered
 from trainer.saving import copy_aside
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, UNFINISHED = ".pt", ".unfinished.pt"  # endings of the files, behind RUN/eval/NAME
 
 

@@ -75,7 +75,7 @@ class Heartbeat:
 
     @contextmanager
     def judging(self, step: int) -> Iterator[None]:
-        """Around the judging of so many steps, which may take longer than a step while it moves on; see `judged`."""
+        """Around the features after so many steps, which may take longer than a step while they go on; see `judged`."""
         self._where, self._started = Beat(0, step, _JUDGES), time.monotonic()
         try:
             yield
@@ -102,16 +102,11 @@ class Heartbeat:
         Returns who is lost, of whom torchrun's signal may have told; empty if nobody is, or no one can tell.
         """
 
-        def say(store: dist.Store) -> None:
-            for key in (_LEFT, f"{_LEFT}/{self._world.rank}"):
-                store.set(key, "1")
-
-        self._ask(say)
-        if self._world.size == 1:
-            return ""
-        silent = self._silent(self._looks())
-        lost = self._ask(lambda store: [rank for rank in silent if not store.check([f"{_LEFT}/{rank}"])])
-        return f"no sign of life from {self._named(lost)}" if lost else ""
+        self._ask(lambda store: store.set(f"{_LEFT}/{self._world.rank}", "1"))
+        if self._world.size > 1 and (lost := self._lost_ranks()):
+            return f"no sign of life from {self._named(lost)}"
+        self._ask(lambda store: store.set(_LEFT, "1"))
+        return ""
 
     def report(self, error: str) -> None:
         """End the process because of an error of a collective; one rank says which rank is to blame.
@@ -182,6 +177,18 @@ class Heartbeat:
             if not self._answered.wait(2 * self.INTERVAL):
                 return []
         return self._snapshots
+
+    def _lost_ranks(self) -> list[int]:
+        """Those that say nothing, for longer than a call that keeps Python's lock may take, and have not left."""
+        lost: list[int] = []
+        for _ in range(4):
+            lost = self._without_leave(self._silent(self._looks()))
+            if not lost:
+                break
+        return lost
+
+    def _without_leave(self, ranks: list[int]) -> list[int]:
+        return self._ask(lambda store: [rank for rank in ranks if not store.check([f"{_LEFT}/{rank}"])]) or []
 
     def _silent(self, looks: list[list[Beat]]) -> list[int]:
         """The ranks that have said nothing meanwhile."""

@@ -117,8 +117,8 @@ class Judge:
 
         engine.model.eval()
         batch_size = max(1, min(256, config.optim.batch_size // engine.world.size))
-        with self.heartbeat.judging(engine.step):
-            return self._reader.knn_accuracy(features, bank.without(engine.loader.failed), queries, batch_size)
+        bank, watched = bank.without(engine.loader.failed), self.heartbeat.judging(engine.step)
+        return self._reader.knn_accuracy(features, bank, queries, batch_size, watched)
 
 
 def read_summary(out: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from trainer import checkpoint, handover, resume
 from trainer import config as configuration
 from trainer.config import ConfigError
 from trainer.determinism import make_deterministic
-from trainer.distributed import Votes, World, choose_device, gathered, join, together
+from trainer.distributed import Votes, World, choose_device, gathered, join, limit_threads, together
 from trainer.engine import Engine, build_model
 from trainer.heartbeat import Heartbeat
 from trainer.judgement import Judge, Trees, conclude, judgeable, read_summary, write_summary
@@ -73,6 +73,7 @@ def _run(argv: list[str], world: World) -> int:
     display = Display(shown=world.rank == 0)
     if {"-h", "--help"} & set(argv):
         configuration.parse(argv, quiet=world.rank > 0)  # every rank ends here, with exit code 0
+    limit_threads()
     store = world.store()
     start = None
     # A rank that waits for rank 0's preparation has nothing to finish: there a signal simply ends it.
@@ -239,9 +240,11 @@ def _watched(
     try:
         yield heartbeat
     except Stopped:
-        if lost := heartbeat.leave():
-            raise TrainingError(f"at the start: {lost}") from None
-        raise
+        if not (lost := heartbeat.leave()):
+            raise
+        if heartbeat.claim():
+            ended(f"at the start: {lost}")
+        raise SystemExit(1) from None
     except TrainingError:
         raise
     except DatasetError as error:  # of this rank's images

@@ -170,7 +170,7 @@ def resolve(
             amp = "bf16" if modern else "fp16"
     if not modern and (amp == "tf32" or (amp == "bf16" and device.type == "cuda")):
         mend = f"use --amp {'off' if amp == 'tf32' else 'fp16'}"
-        if "amp" in recorded:
+        if recorded.get("amp") == amp:
             mend = f"the run in --out {config.run.out} began with it and goes on where there is one"
         raise ConfigError(f"--amp {amp}: {device} has none, GPUs of compute capability 8.0 or more have; {mend}")
     compile_: str = config.run.compile

@@ -4,6 +4,7 @@ import json
 import os
 import re
 
+import pytest
 import torch
 
 from benchmarks import environment
@@ -42,7 +43,8 @@ def test_a_shared_machine_is_said():
     assert "others used 1.6 of 2 cores" in environment.busy({"busy_cores": 1.6, "cores": 2})
 
 
-def test_the_load_is_what_other_processes_use_now_of_the_own_cores(monkeypatch):
+@pytest.mark.parametrize(("quota", "busy"), [(2, 0.5), (1, 0.25)])
+def test_the_load_is_what_other_processes_use_now_of_the_own_cores(quota, busy, monkeypatch):
     ticks = os.sysconf("SC_CLK_TCK")
 
     def stat(own, others):
@@ -58,4 +60,5 @@ def test_the_load_is_what_other_processes_use_now_of_the_own_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     monkeypatch.setattr(environment.Path, "read_text", lambda file: next(told))
     monkeypatch.setattr(environment.time, "process_time", lambda: 0.0)
-    assert environment._busy_cores() == 0.5
+    monkeypatch.setattr(environment, "usable_cores", lambda: quota)
+    assert environment._busy_cores() == busy

@@ -52,10 +52,20 @@ def test_a_group_is_found_at_the_top_where_its_path_is_one_outside_of_the_contai
 
 
 @pytest.mark.parametrize(("quota", "usable"), [("600000\n", 6), ("-1\n", 64)])
-def test_quotas_of_version_1(quota, usable, groups):
-    own = "5:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n3:cpuset:/docker/x\n0::/\n"
-    groups(own, cpu__cpu_cfs_quota_us=quota, cpu__cpu_cfs_period_us="100000\n", memory__cpu_cfs_quota_us="100000\n")
+@pytest.mark.parametrize("mounted", ["cpu", "cpu,cpuacct"])
+def test_quotas_of_version_1(quota, usable, mounted, groups):
+    own = "5:memory:/docker/other\n4:cpu,cpuacct:/docker/x\n3:cpuset:/docker/x\n0::/\n"
+    numbers = {"cpu_cfs_quota_us": quota, "cpu_cfs_period_us": "100000\n"}
+    others = {"cpu_cfs_quota_us": "100000\n", "cpu_cfs_period_us": "100000\n"}  # where only another controller is
+    files = {f"{mounted}__{name}": number for name, number in numbers.items()}
+    groups(own, **files, **{f"{mounted}__docker__other__{name}": number for name, number in others.items()})
     assert cores.usable_cores() == usable
+
+
+def test_what_cannot_be_understood_is_no_quota(groups, tmp_path):
+    groups("nonsense\n0::/a\n", cpu_max="many 100000\n")
+    (tmp_path / "own").write_bytes(b"0::/\xff\xfe\n")
+    assert cores.usable_cores() == 64
 
 
 def test_without_control_groups_the_affinity_counts(groups):

@@ -20,6 +20,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+@pytest.fixture(autouse=True)
+def convolutions_as_before():
+    """A training leaves it to cuDNN's measurements which kernels are taken, in all the process."""
+    before = torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cudnn.benchmark = before
+
+
 @pytest.fixture(scope="session")
 def photos():
     return DatasetIndex.scan(HERE.parent / "photos")

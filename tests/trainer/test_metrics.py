@@ -7,12 +7,13 @@ import json
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from dali_pipes import ViewLoader
-from trainer import advice, checkpoint
+from trainer import advice, checkpoint, distributed
 from trainer.distributed import World
 from trainer.heartbeat import Heartbeat
 from trainer.loop import UNJUDGED
@@ -115,6 +116,20 @@ def test_a_rank_that_left_because_of_a_signal_is_not_to_blame():
         each.close()
 
 
+def test_a_signal_that_came_of_a_lost_rank_does_not_hide_it(monkeypatch):
+    """torchrun sends it to the others of that rank's node, and those of another node meet an error first."""
+    monkeypatch.setattr(Heartbeat, "INTERVAL", 0.5)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=60))
+    worlds = [World(rank, rank, 3, 3, torchrun=True) for rank in range(3)]
+    first, second, third = (Heartbeat(world, store, 3600, pytest.fail, lambda: None) for world in worlds)
+    assert first._diagnose() == ""
+    third.close()
+    assert second.leave().startswith("no sign of life from rank 2 (node 0: ")
+    assert not store.check(["moco_v3/left"])
+    for each in (first, second):
+        each.close()
+
+
 def test_a_rank_that_lives_but_stands_still_is_named(monkeypatch):
     """As where its storage stalls: it beats, and the others wait for it."""
     monkeypatch.setattr(Heartbeat, "INTERVAL", 2.0)  # patient with a busy machine
@@ -148,3 +163,13 @@ def test_cores_are_shared_among_the_ranks_of_a_machine(cores, local, each, threa
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
     world = World(0, 0, 64, local, torchrun=True)
     assert (world.cores(), world.default_threads()) == (each, threads)
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(4, 4), (64, 16)])
+def test_torch_keeps_within_the_quota_of_a_container(quota, threads, monkeypatch):
+    begun: list[int] = []
+    monkeypatch.setattr(distributed, "usable_cores", lambda: quota)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", begun.append)
+    distributed.limit_threads()
+    assert begun == [threads]

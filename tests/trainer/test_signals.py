@@ -181,19 +181,22 @@ def wait_for_its_end(number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", ["torchrun", "rank 1"])
+@pytest.mark.parametrize("killed", ["torchrun", "rank 0", "rank 1"])
 @pytest.mark.parametrize(("script", "says"), [(STARTING, "settling"), (JUDGING, "judging")], ids=["starts", "judges"])
 def test_what_is_killed_before_the_first_step_is_noticed(killed, script, says, sample, tmp_path):
     """No step is under way, and no row of metrics tells where a run is."""
     with two_ranks(script, says, sample, tmp_path) as (process, ranks):
-        os.kill(process.pid if killed == "torchrun" else ranks[1], signal.SIGKILL)
-        wait_for_its_end(ranks[0])
+        os.kill(process.pid if killed == "torchrun" else ranks[int(killed[-1])], signal.SIGKILL)
+        wait_for_its_end(ranks[killed == "rank 0"])
         found = status(tmp_path / "run")
         if killed == "torchrun":
             assert (found["status"], found["step"]) == ("preempted", 0)
         else:
             assert found["status"] == "failed"
-            assert "no sign of life from rank 1 (node 0" in found["reason"]
+            assert f"no sign of life from {killed} (node 0" in found["reason"]
+            _, said = process.communicate(timeout=60)
+            (line,) = [line for line in said.splitlines() if line.startswith("train_ddp.py: error: ")]
+            assert f"no sign of life from {killed} (node 0" in line
 
 
 @pytest.mark.slow

@@ -67,6 +67,8 @@ def test_bf16_where_a_gpu_only_emulates_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(configuration.ConfigError, match=r"--amp bf16: cuda:0 has none, .*; use --amp fp16"):
         preparation.resolve(config, torch.device("cuda", 0), print)
+    with pytest.raises(configuration.ConfigError, match=r"--amp bf16: cuda:0 has none, .*; use --amp fp16"):
+        preparation.resolve(config, torch.device("cuda", 0), print, {"amp": "fp16"})
     config = configuration.replace(config, amp="auto", compile="off", augment="dali")
     with pytest.raises(configuration.ConfigError, match=r"--amp bf16: cuda:0 has none, .*; the run in --out out began"):
         preparation.resolve(config, torch.device("cuda", 0), print, {"amp": "bf16"})
