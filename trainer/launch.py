@@ -243,7 +243,7 @@ def _watched(
         if not (lost := heartbeat.leave()):
             raise
         if heartbeat.claim():
-            ended(f"at the start: {lost}")
+            ended(f"at the start: {lost}; start the same command again")
         raise SystemExit(1) from None
     except TrainingError:
         raise
