@@ -160,15 +160,14 @@ def resolve(
         ConfigError: a flag asks for what cannot run here.
     """
     amp: str = config.run.amp
-    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if amp == "auto":
         if "amp" in recorded:
             amp = recorded["amp"]
         elif device.type == "cpu" or config.run.dtype == "float64":
             amp = "off"
         else:
-            amp = "bf16" if modern else "fp16"
-    if not modern and (amp == "tf32" or (amp == "bf16" and device.type == "cuda")):
+            amp = "bf16" if _is_modern(device) else "fp16"
+    if (amp == "tf32" or (amp == "bf16" and device.type == "cuda")) and not _is_modern(device):
         mend = f"use --amp {'off' if amp == 'tf32' else 'fp16'}"
         if recorded.get("amp") == amp:
             mend = f"the run in --out {config.run.out} began with it and goes on where there is one"
@@ -182,6 +181,11 @@ def resolve(
         compile_ = "off"
     augment = _resolved_augment(config, device, say, recorded.get("augment"))
     return configuration.replace(config, amp=amp, compile=compile_, augment=augment)
+
+
+def _is_modern(device: torch.device) -> bool:
+    """Whether it is a GPU that multiplies bfloat16 and TF32 itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _resolved_augment(config: Config, device: torch.device, say: Callable[[str], None], before: str | None) -> str:
