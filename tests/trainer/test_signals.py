@@ -181,9 +181,18 @@ def wait_for_its_end(number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", ["torchrun", "rank 0", "rank 1"])
-@pytest.mark.parametrize(("script", "says"), [(STARTING, "settling"), (JUDGING, "judging")], ids=["starts", "judges"])
-def test_what_is_killed_before_the_first_step_is_noticed(killed, script, says, sample, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "says", "killed"),
+    [
+        (STARTING, "settling", "torchrun"),
+        (STARTING, "settling", "rank 0"),
+        (STARTING, "settling", "rank 1"),
+        (JUDGING, "judging", "torchrun"),
+        (JUDGING, "judging", "rank 1"),
+    ],
+    ids=["start-torchrun", "start-rank 0", "start-rank 1", "judging-torchrun", "judging-rank 1"],
+)
+def test_what_is_killed_before_the_first_step_is_noticed(script, says, killed, sample, tmp_path):
     """No step is under way, and no row of metrics tells where a run is."""
     with two_ranks(script, says, sample, tmp_path) as (process, ranks):
         os.kill(process.pid if killed == "torchrun" else ranks[int(killed[-1])], signal.SIGKILL)
