@@ -25,7 +25,7 @@ def _quotas() -> Iterator[float]:
     except OSError:
         return
     for line in lines:
-        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        controllers, _, path = line.partition(":")[2].partition(":")
         if controllers and "cpu" not in controllers.split(","):
             continue
         tops, below = {"cpu", controllers} if controllers else {""}, Path(path.lstrip("/"))

@@ -101,7 +101,6 @@ class Heartbeat:
 
         Returns who is lost, of whom torchrun's signal may have told; empty if nobody is, or no one can tell.
         """
-
         self._ask(lambda store: store.set(f"{_LEFT}/{self._world.rank}", "1"))
         if self._world.size > 1 and (lost := self._lost_ranks()):
             return f"no sign of life from {self._named(lost)}"

@@ -21,18 +21,18 @@ def lock(file: Path, say: Callable[[str], None] | None = None) -> int | None:
         BlockingIOError: another process has it.
         OSError: it cannot be written.
     """
-    patient = say is not None and "SLURM_JOB_ID" in os.environ and not int(os.getenv("TORCHELASTIC_RESTART_COUNT", "0"))
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    left = LEASE if patient else 0
+    if "SLURM_JOB_ID" not in os.environ or int(os.getenv("TORCHELASTIC_RESTART_COUNT", "0")):
+        say = None
+    descriptor, left = os.open(file, os.O_RDWR | os.O_CREAT, 0o644), LEASE
     try:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return descriptor
             except BlockingIOError:
-                if not left:
+                if say is None or not left:
                     raise
-            if left == LEASE and say is not None:
+            if left == LEASE:
                 say(f"another process has {file}; waiting up to {LEASE} s, should it be one of a machine that is gone")
             left -= 1
             time.sleep(1.0)
