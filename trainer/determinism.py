@@ -15,6 +15,5 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False  # it picks kernels by their speed of the moment
     # As torch 2.8 does when it compiles: it pads matrices. 2.11 does not in this mode.
     inductor.shape_padding = False

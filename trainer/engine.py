@@ -124,7 +124,7 @@ class Engine:
         self.notes: dict[str, Any] = {}  # what else the run must remember: k-NN accuracy before the first step
 
         allow_tf32(config.run.amp == "tf32")
-        # Shapes stay the same, so that cuDNN may try which kernels are the fastest; the reference has it do so, too.
+        # cuDNN tries which kernels are the fastest, as the reference has it do; which, depends on the moment.
         torch.backends.cudnn.benchmark = not config.run.deterministic
         self.dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
         self.model = model.to(device=device, dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
