@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -89,12 +89,12 @@ def status(out):
     return json.loads((out / "status.json").read_text())
 
 
-def command(*flags, ranks=None, torchrun=("--standalone",)):
-    """The command line of `train_ddp.py`, under torchrun if `ranks` is given."""
+def command(*flags, ranks=None, torchrun=("--standalone",), script=ROOT / "train_ddp.py"):
+    """The command line of `train_ddp.py`, or a script in its place, under torchrun if `ranks` is given."""
     launcher = [sys.executable]
     if ranks is not None:
         launcher += ["-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={ranks}"]
-    return [*launcher, str(ROOT / "train_ddp.py"), *TINY, *map(str, flags)]
+    return [*launcher, str(script), *TINY, *map(str, flags)]
 
 
 @pytest.fixture
@@ -106,6 +106,7 @@ def start():
         process = subprocess.Popen(
             command(*flags, **launch),
             cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},  # for scripts elsewhere
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -116,7 +117,7 @@ def start():
 
     yield call
     for process in started:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # ranks outlive a torchrun that was killed
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 

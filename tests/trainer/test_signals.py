@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch.distributed as dist
 
-from tests.trainer.conftest import ROOT, command, lives, rank_processes, status, wait_for_row
+from tests.trainer.conftest import ROOT, lives, rank_processes, status, wait_for_row
 from trainer import config as configuration
 from trainer import launch, preparation
 from trainer.distributed import World
@@ -150,26 +150,19 @@ sys.exit(launch.run(sys.argv[1:]))
 """
 
 
-@contextmanager
-def two_ranks(script, says, sample, tmp_path):
-    """A run by a script in train_ddp.py's place, once a rank says this: torchrun's process and the ranks' numbers."""
-    (tmp_path / "script.py").write_text(script)
-    run = [*command("--data", sample, "--out", tmp_path / "run", ranks=2)]
-    run[run.index(str(ROOT / "train_ddp.py"))] = str(tmp_path / "script.py")
-    process = subprocess.Popen(
-        run, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
+@pytest.fixture
+def two_ranks(start, sample, tmp_path):
+    """Run a script in train_ddp.py's place until a rank says this; gives torchrun's process and the ranks' numbers."""
+
+    def call(script, says):
+        (tmp_path / "script.py").write_text(script)
+        process = start("--data", sample, "--out", tmp_path / "run", ranks=2, script=tmp_path / "script.py")
         while says not in process.stdout.readline():
             assert process.poll() is None
         time.sleep(2)  # until the other rank is there as well
-        yield process, rank_processes(process)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        return process, rank_processes(process)
+
+    return call
 
 
 def wait_for_its_end(number):
@@ -192,31 +185,31 @@ def wait_for_its_end(number):
     ],
     ids=["start-torchrun", "start-rank 0", "start-rank 1", "judging-torchrun", "judging-rank 1"],
 )
-def test_what_is_killed_before_the_first_step_is_noticed(script, says, killed, sample, tmp_path):
+def test_what_is_killed_before_the_first_step_is_noticed(script, says, killed, two_ranks, tmp_path):
     """No step is under way, and no row of metrics tells where a run is."""
-    with two_ranks(script, says, sample, tmp_path) as (process, ranks):
-        os.kill(process.pid if killed == "torchrun" else ranks[int(killed[-1])], signal.SIGKILL)
-        wait_for_its_end(ranks[killed == "rank 0"])
-        found = status(tmp_path / "run")
-        if killed == "torchrun":
-            assert (found["status"], found["step"]) == ("preempted", 0)
-        else:
-            assert found["status"] == "failed"
-            assert f"no sign of life from {killed} (node 0" in found["reason"]
-            _, said = process.communicate(timeout=60)
-            (line,) = [line for line in said.splitlines() if line.startswith("train_ddp.py: error: ")]
-            assert f"no sign of life from {killed} (node 0" in line
+    process, ranks = two_ranks(script, says)
+    os.kill(process.pid if killed == "torchrun" else ranks[int(killed[-1])], signal.SIGKILL)
+    wait_for_its_end(ranks[killed == "rank 0"])
+    found = status(tmp_path / "run")
+    if killed == "torchrun":
+        assert (found["status"], found["step"]) == ("preempted", 0)
+    else:
+        assert found["status"] == "failed"
+        assert f"no sign of life from {killed} (node 0" in found["reason"]
+        _, said = process.communicate(timeout=60)
+        (line,) = [line for line in said.splitlines() if line.startswith("train_ddp.py: error: ")]
+        assert f"no sign of life from {killed} (node 0" in line
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_taken_away_alone_before_the_first_step_is_not_lost(sample, tmp_path):
+def test_a_rank_that_is_taken_away_alone_before_the_first_step_is_not_lost(two_ranks, tmp_path):
     """As where one node of several is: the others are told why it is gone."""
-    with two_ranks(STARTING, "settling", sample, tmp_path) as (process, ranks):
-        os.kill(ranks[1], signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 0, said
-        found = status(tmp_path / "run")
-        assert (found["status"], found["reason"]) == ("preempted", "")
+    process, ranks = two_ranks(STARTING, "settling")
+    os.kill(ranks[1], signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    found = status(tmp_path / "run")
+    assert (found["status"], found["reason"]) == ("preempted", "")
 
 
 OTHER_DEVICE = """
@@ -229,16 +222,14 @@ sys.exit(launch.run(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_ranks_on_another_kind_of_device_than_rank_0_are_told_once(sample, tmp_path):
+def test_ranks_on_another_kind_of_device_than_rank_0_are_told_once(start, sample, tmp_path):
     (tmp_path / "script.py").write_text(OTHER_DEVICE)
-    run = [*command("--data", sample, "--out", tmp_path / "run", "--batch-size", 12, ranks=3)]
-    run[run.index(str(ROOT / "train_ddp.py"))] = str(tmp_path / "script.py")
-    ended = subprocess.run(
-        run, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120, capture_output=True, text=True
-    )
-    assert ended.returncode == 1  # torchrun's
-    assert ended.stderr.count("train_ddp.py: error:") == 1
-    assert "computes on cpu and rank 0 on cuda; see what is wrong with the GPU there (make doctor)" in ended.stderr
+    flags = ["--data", sample, "--out", tmp_path / "run", "--batch-size", 12]
+    run = start(*flags, ranks=3, script=tmp_path / "script.py")
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1  # torchrun's
+    assert errors.count("train_ddp.py: error:") == 1
+    assert "computes on cpu and rank 0 on cuda; see what is wrong with the GPU there (make doctor)" in errors
 
 
 @pytest.mark.slow
